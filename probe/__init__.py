@@ -1,0 +1,59 @@
+"""Read attention in any Hugging Face model, into labelled stores.
+
+`load` a model, choose `problems`, `capture` them into a store, `open` it, measure it with recipes.
+Nothing heavy is imported before it is used: reading a store never needs torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from probe.errors import InputError, ProbeError, StoreError, UnsupportedModelError, WiringError
+from probe.problems import Problem, Problems, problems
+
+if TYPE_CHECKING:
+    from probe.attention import AttentionCall
+    from probe.capturing import capture
+    from probe.model import Model, load
+    from probe.planning import Plan, plan
+    from probe.schema import valid
+    from probe.store import open
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AttentionCall": "attention",
+    "Model": "model",
+    "Plan": "planning",
+    "capture": "capturing",
+    "load": "model",
+    "open": "store",
+    "plan": "planning",
+    "valid": "schema",
+}
+
+__all__ = [
+    "AttentionCall",
+    "InputError",
+    "Model",
+    "Plan",
+    "ProbeError",
+    "Problem",
+    "Problems",
+    "StoreError",
+    "UnsupportedModelError",
+    "WiringError",
+    "capture",
+    "load",
+    "open",
+    "plan",
+    "problems",
+    "valid",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'probe' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"probe.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

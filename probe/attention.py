@@ -1,0 +1,364 @@
+"""The attention maths: one attention call, read again without changing it.
+
+An `AttentionCall` holds what a model handed to its attention kernel. From it the scores and the
+pattern of any rows, keys and heads are computed in float32 while the model itself stays on its
+fast kernel. Pure torch: nothing here knows nnsight or transformers.
+
+Shapes: query (batch, head, query, head_dim); key and value (batch, kv_head, key, head_dim), never
+repeated for grouped-query heads: query head h reads key head h // (n_heads / n_kv_heads).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from probe.errors import InputError
+
+Index = Sequence[int] | slice | None
+Site = Literal["pattern", "scores"]
+
+# (rows, bytes of float32 scores) of a tile: on a CPU it stays in a core's cache, on a GPU it keeps
+# the launches few.
+_TILES = {"cpu": (64, 1 << 20)}
+_GPU_TILE = (1024, 1 << 26)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCall:
+    """What a model gave to its attention kernel, with the mask in one of four forms.
+
+    Attributes:
+        query: (batch, head, query, head_dim), after rotary embedding and query norm.
+        key: (batch, kv_head, key, head_dim), cached keys included.
+        value: (batch, kv_head, key, value_dim).
+        mask: None: causal as scaled_dot_product_attention means it, aligned at the top left (a
+            single query sees every key). 4-D (batch or 1, head or 1, query, key) bool, True =
+            attend. 4-D float, added to the scores; half its dtype's minimum or less blocks.
+            2-D (batch, key) keep-mask as FlashAttention takes it, aligned at the bottom right.
+        scaling: Factor on query @ key; None is head_dim ** -0.5.
+        softcap: Scores become softcap * tanh(scores / softcap) before the mask.
+        sinks: (head,) logits that join each row's softmax and are then dropped, so that rows
+            sum to less than 1.
+        window: Width of a sliding window in tokens, the query's own included; used where the
+            mask is None or 2-D (a 4-D mask holds its own window).
+        causal: Whether masks that are None or 2-D hide the future.
+        dropout: Probability with which `mix` drops pattern entries, 0 outside training.
+        layer: Absolute layer index.
+
+    Example:
+        >>> q = torch.zeros(1, 2, 3, 4)
+        >>> AttentionCall(q, q[:, :1], q[:, :1]).pattern(queries=[1, 2], heads=[0])[0, 0]
+        tensor([[0.5000, 0.5000, 0.0000],
+                [0.3333, 0.3333, 0.3333]])
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    scaling: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    window: int | None = None
+    causal: bool = True
+    dropout: float = 0.0
+    layer: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.mask.ndim not in (2, 4):
+            raise InputError(
+                f"an attention mask of shape {tuple(self.mask.shape)} has {self.mask.ndim} "
+                "dimensions. Give a 4-D mask (batch, 1 or head, query, key), bool with True = "
+                "attend or float to add, or a 2-D keep-mask (batch, key)."
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise InputError(
+                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key heads evenly. "
+                "The number of query heads must be a multiple of the number of key heads."
+            )
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads."""
+        return self.query.shape[1]
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key heads."""
+        return self.key.shape[1]
+
+    @property
+    def n_queries(self) -> int:
+        """Rows."""
+        return self.query.shape[2]
+
+    @property
+    def n_keys(self) -> int:
+        """Columns."""
+        return self.key.shape[2]
+
+    @property
+    def diagonal(self) -> int:
+        """Column of the first row's own token, where the mask is None or 2-D."""
+        top_left = self.mask is None and self.n_queries > 1
+        return 0 if top_left else self.n_keys - self.n_queries
+
+    def keep(self, queries: Index = None, keys: Index = None) -> Tensor:
+        """Which keys each row may attend to: bool (batch or 1, head or 1, query, key)."""
+        if self.mask is not None and self.mask.ndim == 4:
+            mask = self._mask4(self.mask, queries, keys)
+            return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        rows = _positions(queries, self.n_queries, self.query.device) + self.diagonal
+        behind = rows[:, None] - _positions(keys, self.n_keys, self.query.device)
+        keep = behind >= 0 if self.causal else torch.ones_like(behind, dtype=torch.bool)
+        if self.window is not None:
+            keep = keep & (behind.abs() < self.window)
+        if self.mask is None:
+            return keep[None, None]
+        present = _take(self.mask[:, -self.n_keys :].bool(), keys, 1)
+        return keep & present[:, None, None, :]
+
+    def scores(self, *, queries: Index = None, keys: Index = None, heads: Index = None) -> Tensor:
+        """Scaled scores with softcap and mask; -inf wherever nothing is attended.
+
+        Only the rows, columns and heads asked for are computed. Gradients flow to query and key.
+
+        Returns:
+            (batch, head, query, key) float32, or float64 where the query is.
+        """
+        if heads is not None:
+            each = (self.head(h).scores(queries=queries, keys=keys) for h in self._heads(heads))
+            return torch.cat(list(each), dim=1)
+        q = _wide(_take(self.query, queries, 2))
+        k = _wide(_take(self.key, keys, 2))
+        q = q * (self.scaling if self.scaling is not None else q.shape[-1] ** -0.5)
+        batch, _, n, width = q.shape
+        # The heads that share a key head become more rows of it, so that no key is repeated.
+        share = self.n_heads // self.n_kv_heads
+        s = q.reshape(batch, self.n_kv_heads, share * n, width) @ k.transpose(-1, -2)
+        s = s.reshape(batch, self.n_heads, n, k.shape[2])
+        if self.softcap is not None:
+            s = (s / self.softcap).tanh_() * self.softcap
+        return self._hide(s, queries, keys)
+
+    def pattern(self, *, queries: Index = None, keys: Index = None, heads: Index = None) -> Tensor:
+        """Attention probabilities: a softmax over all keys, then the keys asked for.
+
+        Rows sum to 1 over all keys (less with sinks); 0 wherever nothing is attended; a row that
+        may attend to nothing (padding) is all 0. Gradients flow to query and key.
+
+        Returns:
+            (batch, head, query, key) float32 (float64 where the query is), before dropout.
+        """
+        if heads is not None:
+            each = (self.head(h).pattern(queries=queries, keys=keys) for h in self._heads(heads))
+            return torch.cat(list(each), dim=1)
+        return _take(self._normalise(self.scores(queries=queries)), keys, 3)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Whole rows of (possibly edited) scores of every head, sinks included, as a pattern."""
+        # A row of -inf alone would give NaN, in its value and in every gradient.
+        dead = (scores == -torch.inf).all(-1, keepdim=True)
+        return self._softmax(scores.masked_fill(dead, 0.0)).masked_fill(dead, 0.0)
+
+    def mix(self, pattern: Tensor) -> Tensor:
+        """What a (possibly edited) pattern of all heads and keys makes of the values.
+
+        Returns:
+            z (batch, query, head, value_dim) in the dtype of `value`, contiguous.
+        """
+        batch, _, n, n_keys = pattern.shape
+        share = self.n_heads // self.n_kv_heads
+        p = torch.dropout(pattern, self.dropout, train=self.dropout > 0).to(self.value.dtype)
+        z = p.reshape(batch, self.n_kv_heads, share * n, n_keys) @ self.value
+        return z.reshape(batch, self.n_heads, n, -1).transpose(1, 2).contiguous()
+
+    def fill(
+        self,
+        out: Tensor,
+        site: Site = "pattern",
+        *,
+        queries: Index = None,
+        keys: Index = None,
+        heads: Index = None,
+    ) -> Tensor:
+        """Write the pattern or the scores into `out` tile by tile, without gradients.
+
+        Keys that no row of a tile can see are never computed, and every element of `out` is
+        written once, in its own dtype. Peak memory beyond `out` is a few tiles of a megabyte.
+
+        Args:
+            out: (batch, head, query, key), any float dtype, uninitialised or not.
+            site: "pattern" or "scores".
+            queries: Rows, default all.
+            keys: Columns, default all.
+            heads: Query heads, default all.
+
+        Returns:
+            `out`.
+        """
+        if heads is not None:
+            for i, h in enumerate(self._heads(heads)):
+                self.head(h).fill(out[:, i : i + 1], site, queries=queries, keys=keys)
+            return out
+        empty = 0.0 if site == "pattern" else -torch.inf
+        chosen = None if queries is None else _positions(queries, self.n_queries, out.device)
+        columns = None if keys is None else _positions(keys, self.n_keys, out.device)
+        with torch.no_grad():
+            wide = replace(self, query=_wide(self.query), key=_wide(self.key))
+            for batch, groups, rows in self._tiles(out.shape[2]):
+                part = wide._part(batch, groups)
+                index = rows if chosen is None else chosen[rows].tolist()
+                low, high = part._reach(index)
+                s = part.scores(queries=index, keys=slice(low, high))
+                if site == "pattern":
+                    s = part._normalise(s)
+                tile = out[batch, self._head_slice(groups), rows]
+                if columns is None:
+                    tile[..., :low] = empty
+                    tile[..., low:high] = s
+                    tile[..., high:] = empty
+                else:
+                    seen = ((columns >= low) & (columns < high)).nonzero()[:, 0]
+                    tile.fill_(empty)
+                    tile[..., seen] = s[..., columns[seen] - low].to(out.dtype)
+        return out
+
+    def head(self, head: int) -> "AttentionCall":
+        """The call of one query head and the key head that it reads."""
+        group = head // (self.n_heads // self.n_kv_heads)
+        return self._part(slice(None), slice(group, group + 1), slice(head, head + 1))
+
+    def cut(self, batch: slice, length: int) -> "AttentionCall":
+        """The call of some batch items without the right padding after `length` tokens.
+
+        For a forward without a cache, where rows and columns are the same tokens.
+        """
+        part = self._part(batch, slice(None))
+        mask = part.mask
+        if mask is not None:
+            mask = mask[:, :length] if mask.ndim == 2 else mask[:, :, :length, :length]
+        return replace(
+            part,
+            query=part.query[:, :, :length],
+            key=part.key[:, :, :length],
+            value=part.value[:, :, :length],
+            mask=mask,
+        )
+
+    def _normalise(self, scores: Tensor) -> Tensor:
+        """Softmax of scores as computed: only a mask or a window can leave a row empty."""
+        open_rows = self.mask is None and self.window is None and scores.shape[-1] > 0
+        return self._softmax(scores) if open_rows else self.softmax(scores)
+
+    def _softmax(self, scores: Tensor) -> Tensor:
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sink = self.sinks.to(scores.dtype).view(1, -1, 1, 1)
+        return (scores - torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)).exp()
+
+    def _heads(self, heads: Index) -> list[int]:
+        return _positions(heads, self.n_heads, torch.device("cpu")).tolist()
+
+    def _head_slice(self, groups: slice) -> slice:
+        share = self.n_heads // self.n_kv_heads
+        return slice(
+            None if groups.start is None else groups.start * share,
+            None if groups.stop is None else groups.stop * share,
+        )
+
+    def _part(self, batch: slice, groups: slice, heads: slice | None = None) -> "AttentionCall":
+        """Views of some batch items and key heads, with the query heads that read them."""
+        heads = heads or self._head_slice(groups)
+        mask = self.mask
+        if mask is not None:
+            mask = mask[batch] if mask.shape[0] > 1 else mask
+            mask = mask[:, heads] if mask.ndim == 4 and mask.shape[1] > 1 else mask
+        return replace(
+            self,
+            query=self.query[batch, heads],
+            key=self.key[batch, groups],
+            value=self.value[batch, groups],
+            mask=mask,
+            sinks=None if self.sinks is None else self.sinks[heads],
+        )
+
+    def _mask4(self, mask: Tensor, queries: Index, keys: Index) -> Tensor:
+        mask = mask[:, :, -self.n_queries :, : self.n_keys]
+        mask = _take(mask, queries, 2) if mask.shape[2] > 1 else mask
+        return _take(mask, keys, 3) if mask.shape[3] > 1 else mask
+
+    def _hide(self, s: Tensor, queries: Index, keys: Index) -> Tensor:
+        """Add the mask's bias to fresh scores and put -inf wherever nothing is attended."""
+        if self.mask is None and self.window is None:
+            if not self.causal or self.n_queries == 1:
+                return s
+            # Only the columns from the first row's diagonal on can be hidden.
+            rows = _bounds(queries, self.n_queries)
+            start = _bounds(keys, self.n_keys)[0]
+            if isinstance(keys, slice | None) and rows[0] + 1 > start:
+                visible = rows[0] + 1 - start
+                keys = slice(rows[0] + 1, _bounds(keys, self.n_keys)[1])
+                s[..., visible:].masked_fill_(~self.keep(queries, keys), -torch.inf)
+                return s
+        elif self.mask is not None and self.mask.ndim == 4 and self.mask.dtype != torch.bool:
+            s = s + self._mask4(self.mask, queries, keys).to(s.dtype)
+        return s.masked_fill_(~self.keep(queries, keys), -torch.inf)
+
+    def _reach(self, queries: Index) -> tuple[int, int]:
+        """The columns [low, high) that hold every key that some of these rows attend to."""
+        if self.mask is not None and self.mask.ndim == 4:
+            seen = self.keep(queries).flatten(0, 2).any(0).expand(self.n_keys).nonzero()
+            return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+        first, stop = _bounds(queries, self.n_queries)
+        first, stop = first + self.diagonal, stop + self.diagonal
+        low = 0 if self.window is None else max(0, first - self.window + 1)
+        ahead = 0 if self.causal else self.n_keys if self.window is None else self.window - 1
+        return min(low, self.n_keys), max(0, min(stop + ahead, self.n_keys))
+
+    def _tiles(self, n_rows: int) -> Iterator[tuple[slice, slice, slice]]:
+        """Cache-sized tiles: (batch items, key heads, rows)."""
+        n_batch, share = self.query.shape[0], self.n_heads // self.n_kv_heads
+        rows, budget = _TILES.get(self.query.device.type, _GPU_TILE)
+        rows = max(1, min(rows, n_rows))
+        group_bytes = 4 * max(1, self.n_keys) * share * rows
+        groups = max(1, min(self.n_kv_heads, budget // group_bytes))
+        batch = max(1, min(n_batch, budget // (group_bytes * self.n_kv_heads)))
+        return product(
+            _slices(n_batch, batch), _slices(self.n_kv_heads, groups), _slices(n_rows, rows)
+        )
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _take(x: Tensor, index: Index, dim: int) -> Tensor:
+    """Select along one dim: a view for slices, a copy for lists."""
+    if index is None:
+        return x
+    if isinstance(index, slice):
+        return x[(slice(None),) * dim + (index,)]
+    return x.index_select(dim, torch.as_tensor(index, device=x.device))
+
+
+def _positions(index: Index, size: int, device: torch.device) -> Tensor:
+    if isinstance(index, slice | None):
+        return torch.arange(*(index or slice(None)).indices(size), device=device)
+    return torch.as_tensor(index, device=device, dtype=torch.long)
+
+
+def _bounds(index: Index, size: int) -> tuple[int, int]:
+    """The smallest range [first, stop) that holds an index."""
+    if isinstance(index, slice | None):
+        inside = range(*(index or slice(None)).indices(size))
+        return (inside[0], inside[-1] + 1) if inside else (0, 0)
+    return (min(index), max(index) + 1) if len(index) else (0, 0)

@@ -1,0 +1,315 @@
+"""The run: a model reads problems, and what its attention does goes into a store."""
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy.typing as npt
+import torch
+import xarray as xr
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from probe import store as stores
+from probe.attention import AttentionCall, Site
+from probe.errors import InputError, ProbeError, StoreError
+from probe.model import Model
+from probe.planning import Item, Plan, plan, size
+from probe.proof import prove
+from probe.selection import Selector
+from probe.tap import AttentionEnvoy, run
+
+log = logging.getLogger("probe")
+
+Arrays = dict[str, list[npt.NDArray[Any]]]
+
+
+def capture(
+    model: Model,
+    problems: object,
+    store: str | Path,
+    *,
+    sites: Sequence[Site] | Site = ("pattern",),
+    layers: Selector = None,
+    heads: Selector = None,
+    queries: Selector = None,
+    keys: Selector = None,
+    dtype: str = "float16",
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    on_error: Literal["record", "raise"] = "record",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Run problems through a model and store what its attention does.
+
+    The model stays on its own kernel; only the rows, keys, heads and layers asked for are
+    computed, in float32, and stored. The same call again goes on where a killed run stopped and
+    tries again what failed. The first batch of every run proves layer by layer that what is
+    stored is what the model computed with.
+
+    Args:
+        model: From `probe.load`; it runs in eval mode.
+        problems: Anything that `probe.problems` reads.
+        store: Folder of the store.
+        sites: "pattern" (probabilities), "scores" (before the softmax), or both.
+        layers: int, negative int, slice or list; default all.
+        heads: Query heads, likewise.
+        queries: Rows, likewise, or "last:6", "first:6", "segment:text".
+        keys: Columns, likewise.
+        dtype: "float16" or "float32".
+        batch_size: Problems in a batch at most; a problem's numbers do not depend on it.
+        max_length: Longer problems are cut to so many tokens.
+        on_error: What to do with a problem on which the model fails: "record" it with its reason
+            (status 2) and go on, or "raise".
+        overwrite: Replace a store that is there.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        The store, opened: see `probe.open`.
+
+    Raises:
+        InputError: A problem, selection or option cannot be used; nothing has run.
+        StoreError: The store is of another run, foreign, in use, or the disk is full.
+        WiringError: What was read is not what the model computed; nothing wrong is stored.
+
+    Example:
+        >>> ds = probe.capture(model, "train.jsonl", "run.zarr", queries="last:6")
+        >>> ds.pattern.sel(problem="0", layer=1, head=3)
+    """
+    if on_error not in ("record", "raise"):
+        raise InputError(f"on_error={on_error!r}. Choose 'record' or 'raise'.")
+    todo = plan(
+        model,
+        problems,
+        sites=sites,
+        layers=layers,
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+    with _writer(model, todo, Path(store), overwrite) as writer, _reading(model.module):
+        pending = {i for shard in writer.pending() for i in shard}
+        # Batches stay as planned whatever is done already: in another batch a number may differ in
+        # its last bit, and a resumed run must equal an uninterrupted one.
+        batches = [batch for batch in todo.batches if pending.intersection(batch)]
+        bar = tqdm(total=len(pending), unit="problem", disable=not progress, mininterval=0.5)
+        with bar:
+            for index, outcome in _outcomes(model, todo, batches, on_error):
+                if index not in pending:
+                    continue
+                if isinstance(outcome, str):
+                    writer.fail(index, outcome)
+                else:
+                    arrays = {site: [array] for site, array in outcome.arrays.items()}
+                    writer.append([index], arrays, loss=[outcome.loss])
+                bar.update()
+    return stores.open(store)
+
+
+def _writer(model: Model, todo: Plan, path: Path, overwrite: bool) -> stores.Writer:
+    if not overwrite and not stores.vacant(path):
+        return stores.resume(path, config=todo.config)
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if todo.stored > free:
+        raise StoreError(
+            f"this run would write about {size(todo.stored)} to {path}, and the disk has "
+            f"{size(free)} free. Select fewer layers, heads, queries or keys (see probe.plan), "
+            "or use another disk."
+        )
+    return stores.create(
+        path,
+        labels=[item.labels(model) for item in todo.items],
+        layers=todo.layers,
+        heads=todo.heads,
+        config=todo.config,
+        sites=todo.sites,
+        dtype=todo.dtype,
+        attrs=todo.attrs,
+        overwrite=overwrite,
+    )
+
+
+@contextmanager
+def _reading(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, opened here and not inside a trace, where it would leak."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was read of one problem.
+
+    Attributes:
+        arrays: For each site (layer, head, query, key), in the dtype that is stored.
+        loss: Mean next-token negative log-likelihood in nats; NaN for one token or without logits.
+    """
+
+    arrays: dict[str, npt.NDArray[Any]]
+    loss: float
+
+
+def _outcomes(
+    model: Model, todo: Plan, batches: Sequence[Sequence[int]], on_error: str
+) -> Iterator[tuple[int, Reading | str]]:
+    """Problem by problem, what was read or why it failed.
+
+    A batch that fails is halved until it fits in memory or the problem at fault stands alone.
+    """
+    queue = [list(batch) for batch in reversed(batches)]
+    limit, proven = max(map(len, queue), default=0), False
+    while queue:
+        batch = queue.pop()
+        if len(batch) > limit:
+            queue += [batch[limit:], batch[:limit]]
+            continue
+        try:
+            readings = read(model, todo, batch, proof=not proven)
+        except ProbeError:
+            raise
+        except Exception as error:
+            if len(batch) > 1:
+                half = len(batch) // 2
+                if _out_of_memory(error) and half < limit:
+                    limit = half
+                    log.warning("out of memory; going on with batches of %d problems", limit)
+                queue += [batch[half:], batch[:half]]
+            elif on_error == "raise":
+                error.add_note(f"This happened in problem {todo.items[batch[0]].problem.id!r}.")
+                raise
+            else:
+                yield batch[0], f"{type(error).__name__}: {error}"
+        else:
+            proven = True
+            yield from zip(batch, readings, strict=True)
+
+
+def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list[Reading]:
+    """One forward over some problems of a plan; nothing is written.
+
+    Args:
+        model: The model, in eval mode, without gradients.
+        todo: The plan.
+        batch: Indices of its problems.
+        proof: Whether to prove each layer: see `probe.proof`.
+
+    Returns:
+        What was read, one for each problem.
+
+    Raises:
+        WiringError: The proof failed.
+        FloatingPointError: The model's loss is not finite.
+    """
+    items = [todo.items[i] for i in batch]
+    groups = list(_alike(items))
+    size = (len(todo.layers), len(todo.heads))
+    dtype = getattr(torch, todo.dtype)
+    out = [
+        {
+            site: torch.empty(len(g), *size, len(g[0].queries), len(g[0].keys), dtype=dtype)
+            for site in todo.sites
+        }
+        for _, g in groups
+    ]
+    heads = None if todo.heads == tuple(range(model.n_heads)) else todo.heads
+
+    def visit(layer: int, attention: AttentionEnvoy) -> None:
+        call = attention.call
+        place = todo.layers.index(layer)
+        for (where, alike), arrays in zip(groups, out, strict=True):
+            first = alike[0]
+            part = call.cut(where, first.length)
+            for site, array in arrays.items():
+                _fill(part, site, array[:, place], first, heads)
+        if proof:
+            prove(call, attention.z)
+
+    output = run(model.tap, visit, _inputs(model, items), layers=tuple(sorted(todo.layers)))
+    losses = _losses(getattr(output, "logits", None), items)
+    arrays: list[dict[str, npt.NDArray[Any]]] = [
+        {str(site): array[n].numpy() for site, array in group.items()}
+        for group, (_, alike) in zip(out, groups, strict=True)
+        for n in range(len(alike))
+    ]
+    return [Reading(one, loss) for one, loss in zip(arrays, losses, strict=True)]
+
+
+def _alike(items: Sequence[Item]) -> Iterator[tuple[slice, list[Item]]]:
+    """Neighbours in a batch with the same length, rows and columns: they are read as one."""
+    start = 0
+    for _, group in groupby(items, key=lambda item: (item.length, item.queries, item.keys)):
+        alike = list(group)
+        yield slice(start, start + len(alike)), alike
+        start += len(alike)
+
+
+def _fill(
+    call: AttentionCall, site: Site, out: Tensor, item: Item, heads: tuple[int, ...] | None
+) -> None:
+    """Compute a layer where the model is, and bring it home in one piece."""
+    everything = tuple(range(item.length))
+    queries = None if item.queries == everything else item.queries
+    keys = None if item.keys == everything else item.keys
+    here = (
+        out if call.query.device == out.device else torch.empty_like(out, device=call.query.device)
+    )
+    call.fill(here, site, queries=queries, keys=keys, heads=heads)
+    if here is not out:
+        out.copy_(here)
+
+
+def _inputs(model: Model, items: Sequence[Item]) -> dict[str, Any]:
+    """A right-padded batch.
+
+    A causal model needs no mask for it, since no token sees the padding after it, and without a
+    mask its kernel keeps the fast causal path. Each row is padded with its own last token.
+    """
+    longest = max(item.length for item in items)
+    rows = [[*i.token_ids, *[i.token_ids[-1]] * (longest - i.length)] for i in items]
+    inputs: dict[str, Any] = {"input_ids": torch.tensor(rows, device=model.device)}
+    if not model.tap.causal:
+        lengths = torch.tensor([item.length for item in items], device=model.device)
+        inputs["attention_mask"] = (
+            torch.arange(longest, device=model.device) < lengths[:, None]
+        ).long()
+    return inputs | {"use_cache": False}
+
+
+def _losses(logits: Tensor | None, items: Sequence[Item]) -> list[float]:
+    """Mean next-token loss of each problem in nats, summed in float32 or wider."""
+    if logits is None:
+        return [float("nan")] * len(items)
+    losses = []
+    for row, item in zip(logits, items, strict=True):
+        if not bool(row[: item.length].isfinite().all()):
+            raise FloatingPointError(
+                "the model's logits are not finite: its dtype may overflow. Load it in float32"
+            )
+        targets = torch.tensor(item.token_ids[1:], device=row.device)
+        each = nn.functional.cross_entropy(
+            row[: item.length - 1].float(), targets, reduction="none"
+        )
+        losses.append(float(each.double().mean()))
+    return losses
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )

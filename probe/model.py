@@ -1,0 +1,312 @@
+"""Load a model, give it inputs: `load` and the `Model` that it returns."""
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from nnsight.intervention.envoy import Envoy
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from probe import demos
+from probe.errors import InputError, UnsupportedModelError
+from probe.tap import Tap, vocabulary_size
+
+Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
+
+
+def load(
+    source: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> "Model":
+    """Load a causal language model and tap its attention.
+
+    The model stays on its own kernel. On loading, a forward of 16 tokens proves that what is read
+    of every layer is what the model computes.
+
+    Args:
+        source: A name on the Hugging Face hub, a local folder, a shipped demonstration model
+            (`demo-llama`, ...), or a transformers model (perhaps wrapped by peft), used in place.
+        tokenizer: Its tokenizer; by default the one stored beside the model. A model given as a
+            module needs none when it is fed token ids.
+        device: Where to put a model that is loaded by name; default a GPU if there is one.
+        dtype: dtype of a model that is loaded by name; default the checkpoint's.
+        attn_implementation: "sdpa", "eager", ...; default the fastest that transformers chooses.
+        revision: Commit, tag or branch on the hub.
+        trust_remote_code: Run code that a checkpoint brings along.
+
+    Raises:
+        InputError: The source cannot be found.
+        UnsupportedModelError: The model type is unknown, or its attention cannot be reached.
+        WiringError: What is read is not what the model computes.
+
+    Example:
+        >>> model = probe.load("demo-llama")
+        >>> model.n_layers, model.n_heads, model.n_kv_heads
+        (2, 4, 4)
+    """
+    if isinstance(source, nn.Module):
+        return Model(source, tokenizer)
+    name = str(source)
+    place = demos.path(name) if name in demos.NAMES else source
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or "auto", attn_implementation=attn_implementation, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _unloadable(name, error) from error
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        except (OSError, ValueError, ImportError) as error:
+            raise InputError(
+                f"{name!r} has no tokenizer that can be loaded ({_first_line(error)}). "
+                "Give one with tokenizer=, or load the model yourself and give probe.load that."
+            ) from error
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(nn.Module.to(module, target), tokenizer, name=name)
+
+
+class Model:
+    """A tapped model. Use it as a context manager, or `close` it, to get the model back unchanged.
+
+    Attributes:
+        module: The transformers model.
+        tokenizer: Its tokenizer, or None.
+        name: What it was loaded as.
+        tap: Where its attention is read.
+    """
+
+    def __init__(self, module: nn.Module, tokenizer: Any = None, *, name: str | None = None):
+        self.module = module
+        self.tokenizer = tokenizer
+        self.base = _base(module)
+        self.name = name or self.base.config._name_or_path or type(module).__name__
+        self.tap = Tap(module)
+
+    @property
+    def envoy(self) -> Envoy:
+        """The root envoy: `with model.envoy.trace(...)`; attention envoys in it have `.pattern`."""
+        return self.tap.envoy
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Absolute indices of the layers that have attention."""
+        return tuple(self.tap.layers)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers, those without attention included."""
+        return max(self.layers) + 1
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads in a layer."""
+        return self.tap.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key heads in a layer."""
+        return self.tap.n_kv_heads
+
+    @property
+    def context(self) -> int | None:
+        """Longest input in tokens, or None where the model states no limit."""
+        limit = getattr(self.base.config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return vocabulary_size(self.base)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.base.device
+
+    def __call__(self, inputs: Inputs, **kwargs: Any) -> Any:
+        """Run the model on text, texts, token ids, or what a tokenizer returns.
+
+        Returns:
+            What the transformers model returns.
+        """
+        return self.module(**self.batch(inputs), **kwargs)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds."""
+        if self.tokenizer is None:
+            raise InputError(
+                f"{self.name} was loaded without a tokenizer, so it cannot read the text "
+                f"{text[:40]!r}. Give token ids, or load it with tokenizer=."
+            )
+        try:
+            return [int(i) for i in self.tokenizer(text)["input_ids"]]
+        except Exception as error:
+            raise InputError(
+                f"the tokenizer of {self.name} cannot encode {text[:40]!r}: "
+                f"{_first_line(error)}. Change the text, or give token ids."
+            ) from error
+
+    def decode(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as text, the space before a word included; "" without a tokenizer."""
+        if self.tokenizer is None:
+            return [""] * len(token_ids)
+        text = {i: self._decode_one(i) for i in set(token_ids)}
+        return [text[i] for i in token_ids]
+
+    def _decode_one(self, token: int) -> str:
+        # Alone, a token may lose its leading space; after itself it keeps it.
+        once = self.tokenizer.decode([token])
+        twice = self.tokenizer.decode([token, token])
+        return str(twice[len(once) :] if twice.startswith(once) else once)
+
+    def batch(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Inputs as the model takes them: padded, masked, and with positions where padding shifts.
+
+        Args:
+            inputs: A text, texts, token ids (one list or several), a tensor of them, or the dict
+                that a tokenizer returns (used as it is; on the left, padding also needs
+                position_ids, which are added where the model takes them).
+
+        Returns:
+            input_ids (batch, position), attention_mask of the same shape, perhaps position_ids.
+        """
+        if isinstance(inputs, Mapping):
+            return self._positioned(
+                {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            )
+        if isinstance(inputs, Tensor):
+            inputs = inputs.tolist()
+        if isinstance(inputs, str):
+            inputs = [inputs]
+        rows: list[Any] = list(inputs)
+        if rows and isinstance(rows[0], int | np.integer):
+            rows = [rows]
+        ids = [self.encode(row) if isinstance(row, str) else [int(i) for i in row] for row in rows]
+        if not ids or not all(ids):
+            raise InputError(f"input {inputs!r:.60} holds no tokens. Give at least one.")
+        for row in ids:
+            self.check(row)
+        side = getattr(self.tokenizer, "padding_side", "right")
+        return self._positioned(pad(ids, self.padding, side=side, device=self.device))
+
+    @property
+    def padding(self) -> int:
+        """A token id to pad with; what it is never matters, padding is masked."""
+        token = getattr(self.tokenizer, "pad_token_id", None)
+        return int(token) if token is not None else 0
+
+    def check(self, token_ids: Sequence[int], *, what: str = "the input") -> None:
+        """Refuse token ids that the model cannot run on.
+
+        Raises:
+            InputError: Too long for the context, or outside the vocabulary.
+        """
+        if self.context is not None and len(token_ids) > self.context:
+            raise InputError(
+                f"{what} has {len(token_ids)} tokens, and the context of {self.name} is "
+                f"{self.context}. Shorten it, or cut it with max_length={self.context}."
+            )
+        top = max(token_ids)
+        if top >= self.vocabulary:
+            raise InputError(
+                f"{what} holds token id {top}, and the vocabulary of {self.name} has "
+                f"{self.vocabulary} (0 to {self.vocabulary - 1}). Encode it with its own tokenizer."
+            )
+
+    def _positioned(self, batch: dict[str, Any]) -> dict[str, Any]:
+        mask = batch.get("attention_mask")
+        if mask is None or "position_ids" in batch or mask.ndim != 2 or bool(mask[:, 0].all()):
+            return batch
+        if "position_ids" in inspect.signature(type(self.base).forward).parameters:
+            batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        return batch
+
+    def fingerprint(self) -> str:
+        """A hash that tells checkpoints apart: class, names, shapes, dtypes and sampled weights."""
+        digest = hashlib.sha256(type(self.base).__name__.encode())
+        for name, weight in self.module.named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            if not weight.is_meta and weight.numel():
+                flat = weight.detach().flatten()
+                at = torch.linspace(0, len(flat) - 1, 64, dtype=torch.float64).long()
+                digest.update(flat[at.to(flat.device)].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Give the module back as it was."""
+        self.tap.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.name!r}, {type(self.base).__name__}, {self.n_layers} layers x "
+            f"{self.n_heads} heads, {self.n_kv_heads} key heads, {self.tap.implementation})"
+        )
+
+
+def pad(
+    rows: Sequence[Sequence[int]],
+    token: int,
+    *,
+    side: str = "right",
+    device: torch.device | None = None,
+) -> dict[str, Tensor]:
+    """Token ids of different lengths as one batch.
+
+    Returns:
+        input_ids and attention_mask (1 = token), int64, (batch, longest).
+    """
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), token)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        where = slice(longest - len(row), None) if side == "left" else slice(len(row))
+        ids[i, where] = torch.as_tensor(row)
+        mask[i, where] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _base(module: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a wrapper."""
+    for inner in module.modules():
+        if isinstance(inner, PreTrainedModel):
+            return inner
+    raise UnsupportedModelError(
+        f"{type(module).__name__} is not a transformers model and holds none, so its attention "
+        "cannot be found. Give a transformers model, or a wrapper (peft, DDP) around one."
+    )
+
+
+def _unloadable(name: str, error: Exception) -> InputError | UnsupportedModelError:
+    reason = _first_line(error)
+    if isinstance(error, ValueError) and ("model type" in str(error) or "Unrecognized" in reason):
+        return UnsupportedModelError(
+            f"{name!r} is not a causal language model that this transformers knows: {reason} "
+            "Upgrade transformers, or load it yourself and give probe.load the module."
+        )
+    return InputError(
+        f"{name!r} cannot be loaded: {reason} Give a name on the hub, a local folder, or one of "
+        f"{', '.join(demos.NAMES)}."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -1,0 +1,320 @@
+"""What a capture will do, worked out before anything runs."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from probe import selection
+from probe.attention import Site
+from probe.errors import InputError
+from probe.model import Model
+from probe.problems import Problem, Problems
+from probe.problems import problems as read_problems
+from probe.schema import TINY_CELLS, Labels
+from probe.selection import Selector
+
+SITES: tuple[Site, ...] = ("pattern", "scores")
+
+# Batches are made inside windows of so many problems, so that shards fill one after the other.
+_WINDOW = 512
+_BATCH_TOKENS = 4096
+_BATCH_BYTES = 1 << 29
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A problem made ready: its tokens, and which of them are stored as rows and columns."""
+
+    problem: Problem
+    token_ids: tuple[int, ...]
+    segments: tuple[str, ...]
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.token_ids)
+
+    def labels(self, model: Model) -> Labels:
+        """What the store says about its rows and columns."""
+        ids = [self.token_ids[k] for k in self.keys]
+        return Labels(
+            id=self.problem.id,
+            length=self.length,
+            query_position=self.queries,
+            key_position=self.keys,
+            token=model.decode(ids),
+            token_id=ids,
+            segment=[self.segments[k] for k in self.keys],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a capture computes and writes. Printing it gives a summary.
+
+    Attributes:
+        items: The problems, in the order of the store.
+        sites: "pattern", "scores".
+        layers: Absolute layers.
+        heads: Absolute query heads.
+        dtype: Of the stored numbers.
+        config: All that shapes the numbers, as JSON data; a store resumes only under the same.
+        attrs: What else the store records.
+        batches: Indices of the problems that run together, the same whenever a run is resumed.
+        seconds: Least time that the model's own arithmetic takes on this machine, from its
+            number of operations and the speed of one matrix product measured now.
+    """
+
+    items: tuple[Item, ...]
+    sites: tuple[Site, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    dtype: str
+    config: Mapping[str, Any] = field(repr=False)
+    attrs: Mapping[str, Any] = field(repr=False)
+    batches: tuple[tuple[int, ...], ...] = field(repr=False)
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads, padding not counted."""
+        return sum(item.length for item in self.items)
+
+    @property
+    def rows(self) -> int:
+        """Query rows that are stored, over all problems, layers and heads."""
+        rows = sum(len(item.queries) for item in self.items)
+        return rows * len(self.layers) * len(self.heads) * len(self.sites)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the stored matrices before compression, without padding."""
+        cells = sum(len(item.queries) * len(item.keys) for item in self.items)
+        width = 2 if self.dtype == "float16" else 4
+        return cells * len(self.layers) * len(self.heads) * len(self.sites) * width
+
+    @property
+    def stored(self) -> int:
+        """Bytes expected on disk: measured ratios of trained models, 0.4 (0.65 when tiny)."""
+        tiny = all(len(item.queries) * len(item.keys) <= TINY_CELLS for item in self.items)
+        share = 0.65 if tiny else 0.4
+        return int(self.bytes * (share if self.dtype == "float16" else min(1.0, 1.2 * share)))
+
+    def __str__(self) -> str:
+        widest = max(len(item.queries) for item in self.items)
+        longest = max(item.length for item in self.items)
+        return (
+            f"{len(self.items)} problems, {self.tokens} tokens (longest {longest}), "
+            f"{len(self.batches)} batches\n"
+            f"{' + '.join(self.sites)}: {len(self.layers)} layers x {len(self.heads)} heads x "
+            f"up to {widest} rows, {self.dtype}: {self.rows} rows, {size(self.bytes)} "
+            f"({size(self.stored)} expected on disk)\n"
+            f"at least {self.seconds:.1f} s of model time on this machine"
+        )
+
+
+def plan(
+    model: Model,
+    problems: object,
+    *,
+    sites: Sequence[Site] | Site = ("pattern",),
+    layers: Selector = None,
+    heads: Selector = None,
+    queries: Selector = None,
+    keys: Selector = None,
+    dtype: str = "float16",
+    batch_size: int | None = None,
+    max_length: int | None = None,
+) -> Plan:
+    """Work out what `capture` with these arguments would compute and write; nothing is run.
+
+    Every problem is tokenised and every selection resolved, so that a mistake shows now.
+
+    Args:
+        model: The model.
+        problems: Anything that `probe.problems` reads.
+        sites: "pattern", "scores", or both.
+        layers: int, negative int, slice or list; default all.
+        heads: Query heads, likewise.
+        queries: Rows, likewise, or "last:6", "first:6", "segment:text".
+        keys: Columns, likewise.
+        dtype: "float16" or "float32".
+        batch_size: Problems in a batch at most; default as many as keep a batch small.
+        max_length: Longer problems are cut to so many tokens.
+
+    Raises:
+        InputError: Something cannot be used; the message names the problem and the value.
+
+    Example:
+        >>> print(probe.plan(model, "train.jsonl", queries="last:6"))
+    """
+    sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    _check(sites, dtype, batch_size, max_length)
+    source = read_problems(problems)
+    items = tuple(_item(model, p, queries, keys, max_length) for p in source)
+    chosen_layers = _layers(model, layers)
+    chosen_heads = selection.axis(heads, model.n_heads, "heads")
+    config = {
+        "model": {
+            "class": type(model.base).__name__,
+            "fingerprint": model.fingerprint(),
+            "dtype": str(model.base.dtype).removeprefix("torch."),
+            "attn_implementation": model.tap.implementation,
+        },
+        "interventions": [],
+        "tokens_sha256": _digest([[i.problem.id, list(i.token_ids)] for i in items]),
+        "sites": list(sites),
+        "layers": list(chosen_layers),
+        "heads": list(chosen_heads),
+        "queries": selection.as_data(queries),
+        "keys": selection.as_data(keys),
+        "max_length": max_length,
+        "dtype": dtype,
+    }
+    cell_bytes = len(chosen_layers) * len(chosen_heads) * len(sites) * 4
+    return Plan(
+        items=items,
+        sites=sites,
+        layers=chosen_layers,
+        heads=chosen_heads,
+        dtype=dtype,
+        config=config,
+        attrs=_story(model, source, config),
+        batches=tuple(_batches(items, batch_size, cell_bytes, equal=_length_matters(model))),
+        seconds=_seconds(model, items),
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people, SI: 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _check(sites: Sequence[str], dtype: str, batch: int | None, length: int | None) -> None:
+    unknown = [site for site in sites if site not in SITES]
+    if unknown or not sites or len(set(sites)) < len(sites):
+        raise InputError(f"sites={tuple(sites)!r}. Choose from {', '.join(SITES)}, each once.")
+    if dtype not in ("float16", "float32"):
+        raise InputError(f"dtype={dtype!r}. Choose 'float16' or 'float32'.")
+    for name, value in (("batch_size", batch), ("max_length", length)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value}. It must be at least 1.")
+
+
+def _item(
+    model: Model, problem: Problem, queries: Selector, keys: Selector, max_length: int | None
+) -> Item:
+    ids = problem.token_ids or tuple(model.encode(problem.text or ""))
+    ids = tuple(ids[:max_length])
+    if not ids:
+        raise InputError(
+            f"problem {problem.id!r} has no tokens: its text is {problem.text!r}. Remove it."
+        )
+    model.check(ids, what=f"problem {problem.id!r}")
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    first = "bos" if bos is not None and ids[0] == bos else "text"
+    segments = (first, *["text"] * (len(ids) - 1))
+    chosen = (
+        selection.positions(which, len(ids), segments, name=name, problem=problem.id)
+        for name, which in (("queries", queries), ("keys", keys))
+    )
+    return Item(problem, ids, segments, *chosen)
+
+
+def _layers(model: Model, layers: Selector) -> tuple[int, ...]:
+    if layers is None:
+        return model.layers
+    chosen = selection.axis(layers, model.n_layers, "layers")
+    for layer in chosen:
+        if layer not in model.layers:
+            raise InputError(
+                f"layer {layer} of {model.name} has no attention. It has attention in layers "
+                f"{', '.join(map(str, model.layers))}."
+            )
+    return chosen
+
+
+def _batches(
+    items: Sequence[Item], batch_size: int | None, cell_bytes: int, *, equal: bool
+) -> Iterator[tuple[int, ...]]:
+    """Problems of similar length, longest first so that memory runs short early if it does."""
+    for start in range(0, len(items), _WINDOW):
+        window = range(start, min(start + _WINDOW, len(items)))
+        batch: list[int] = []
+        for i in sorted(window, key=lambda i: -items[i].length):
+            longest = items[batch[0]] if batch else items[i]
+            n = len(batch) + 1
+            cells = max(len(longest.queries) * len(longest.keys), 1)
+            full = (
+                n > batch_size
+                if batch_size
+                else n * longest.length > _BATCH_TOKENS or n * cells * cell_bytes > _BATCH_BYTES
+            )
+            if batch and (full or (equal and items[i].length != longest.length)):
+                yield tuple(batch)
+                batch = []
+            batch.append(i)
+        yield tuple(batch)
+
+
+def _length_matters(model: Model) -> bool:
+    """Whether rotary angles depend on the longest input of a batch, as they do in longrope."""
+
+    def kinds(value: Any) -> Iterator[Any]:
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                yield from [inner] if name in ("rope_type", "type") else kinds(inner)
+
+    rope = getattr(model.base.config, "rope_parameters", None)
+    return bool({"dynamic", "longrope"} & set(kinds(rope)))
+
+
+def _story(model: Model, problems: Problems, config: Mapping[str, Any]) -> dict[str, Any]:
+    packages = {"probe": "attn-probe"} | {n: n for n in ("nnsight", "transformers", "torch")}
+    return {
+        "model": model.name,
+        "revision": getattr(model.base.config, "_commit_hash", None),
+        "model_class": config["model"]["class"],
+        "dtype": config["model"]["dtype"],
+        "attn_implementation": config["model"]["attn_implementation"],
+        "device": str(model.device),
+        "n_heads": model.n_heads,
+        "n_kv_heads": model.n_kv_heads,
+        "causal": model.tap.causal,
+        "interventions": config["interventions"],
+        "selection": {name: config[name] for name in ("layers", "heads", "queries", "keys")},
+        "problems": {"source": problems.source, "sha256": problems.sha256},
+        "versions": {name: version(package) for name, package in packages.items()},
+    }
+
+
+def _seconds(model: Model, items: Sequence[Item]) -> float:
+    weights = sum(p.numel() for p in model.module.parameters())
+    width = getattr(model.base.config, "hidden_size", 0)
+    operations = sum(
+        2 * weights * item.length + 2 * len(model.layers) * width * item.length**2 for item in items
+    )
+    with torch.no_grad():
+        x = torch.ones(512, 512, dtype=model.base.dtype, device=model.device)
+        float((x @ x)[0, 0])
+        start = time.perf_counter()
+        for _ in range(8):
+            y = x @ x
+        float(y[0, 0])  # waits for a GPU
+    return operations / (8 * 2 * 512**3 / (time.perf_counter() - start))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""The proof that every capture carries: what is read is what the model computed."""
+
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from probe.attention import AttentionCall
+from probe.errors import WiringError
+
+
+def prove(call: AttentionCall, z: Tensor, *, rows: int = 64) -> None:
+    """Check that what is read of an attention call is what the model computed with.
+
+    On up to `rows` rows, spread evenly: patterns sum to 1 (less with sinks), nothing of a causal
+    module's future is attended, and pattern @ value is what the model's own kernel returned.
+    The tolerance follows from the dtype: scores of size s rounded to unit u move z by about
+    u * s times the size of the values.
+
+    Args:
+        call: What the kernel was given; not in training with dropout.
+        z: (batch, query, head, value_dim), what it returned.
+        rows: At most so many query rows are checked.
+
+    Raises:
+        WiringError: With the layer, the error and the versions.
+    """
+    index = torch.linspace(0, call.n_queries - 1, min(rows, call.n_queries)).long().tolist()
+    with torch.no_grad():
+        scores = call.scores(queries=index)
+        pattern = call.softmax(scores)
+        attends = (scores > -torch.inf).any(-1)
+        total = pattern.sum(-1)[attends]
+        bad_sum = bool((total > 1 + 1e-4).any()) or (
+            call.sinks is None and bool((total < 1 - 1e-4).any())
+        )
+        if bad_sum or not bool(total.isfinite().all()):
+            _fail(call, f"rows sum to {total.min():.6g} .. {total.max():.6g}, not to 1")
+        if call.causal and call.n_queries == call.n_keys:
+            future = torch.arange(call.n_keys) > torch.as_tensor(index)[:, None]
+            ahead = pattern.masked_select(future.to(pattern.device))
+            if ahead.numel() and ahead.max() > 0:
+                _fail(call, f"a causal row attends to its future with {ahead.max():.6g}")
+        v = (
+            call.value.float()
+            .norm(dim=-1)
+            .amax(-1)
+            .repeat_interleave(call.n_heads // call.n_kv_heads, dim=1)
+        )
+        error = (call.mix(pattern).float() - z[:, index].float()).norm(dim=-1).transpose(1, 2)
+        unit = torch.finfo(z.dtype).eps / 2
+        size = scores.masked_fill(scores == -torch.inf, 0.0).abs().amax(-1)
+        excess = (error / (v[..., None] * unit * (8 + 4 * size)).clamp_min(1e-30))[attends]
+        if excess.numel() and not bool(excess.max() <= 1):
+            _fail(
+                call,
+                f"pattern @ value differs from the kernel's output by {error[attends].max():.3g}, "
+                f"{excess.max():.3g} times what {z.dtype} explains",
+            )
+
+
+def _fail(call: AttentionCall, what: str) -> None:
+    names = ("torch", "transformers", "nnsight")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    raise WiringError(
+        f"layer {call.layer}: {what}. What is read is not what the model computes, so nothing is "
+        "recorded; this model's attention does something that the tap does not know. Versions: "
+        f"{versions}."
+    )
