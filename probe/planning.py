@@ -295,7 +295,11 @@ def _story(model: Model, problems: Problems, config: Mapping[str, Any]) -> dict[
         "causal": model.tap.causal,
         "interventions": config["interventions"],
         "selection": {name: config[name] for name in ("layers", "heads", "queries", "keys")},
-        "problems": {"source": problems.source, "sha256": problems.sha256},
+        "problems": {
+            "source": problems.source,
+            "sha256": problems.sha256,
+            "n": len(problems),
+        },
         "versions": {name: version(package) for name, package in packages.items()},
     }
 

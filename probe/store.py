@@ -186,7 +186,7 @@ def resume(path: str | Path, *, config: Mapping[str, object]) -> "Writer":
 
 
 class Writer:
-    """Fills one store, shard by shard; made by `create` or `resume`, closed by `with`.
+    """Fills one store, shard by shard; made by `create` or `resume`, let go by `with`.
 
     Problems arrive in any order. A shard is written, whole, when all its missing problems have
     arrived; closing also writes shards that are not complete yet. What is done is never replaced.
@@ -252,7 +252,10 @@ class Writer:
 
         Raises:
             InputError: Something does not fit the store.
-            StoreError: The disk is full, or cannot be written.
+            StoreError: The disk is full, or cannot be written. The store stays as it was.
+
+        Example:
+            >>> writer.append([0], {"pattern": [pattern]}, loss=[3.1])  # (layer, head, query, key)
         """
         if set(arrays) != set(self._data):
             raise InputError(
@@ -293,7 +296,9 @@ class Writer:
         """Write the problems in hand and let go of the store. Calling it again does nothing."""
         try:
             for start in list(self._shards):
-                self._write(self._shards.pop(start))
+                shard = self._shards.pop(start)
+                if shard.arrived:
+                    self._write(shard)
         finally:
             self._release()
 
@@ -301,13 +306,15 @@ class Writer:
         """Delete data of shards in which nothing is done: a dead process left it there."""
         status = self._state["status"]
         for name in self._data:
-            for folder in (self._path / name / "c").glob("*"):
-                start = int(folder.name) * self._step
+            for item in (self._path / name / "c").glob("[0-9]*"):
+                start = int(item.name) * self._step
                 if not (status[start : start + self._step] == DONE).any():
-                    shutil.rmtree(folder)
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
 
     def _shard(self, index: int) -> "_Shard":
         """The shard in hand that takes this problem, with empty arrays if it is new."""
+        if not self._release.alive:
+            raise InputError(f"the writer of {self._path} is closed. Open another with resume.")
         count = len(self._ids)
         if not 0 <= index < count:
             raise InputError(
@@ -336,6 +343,8 @@ class Writer:
             )
         self._rows[index], self._columns[index] = rows, columns
         shard.labels[index] = labels
+        if self._step == 1:  # cells made for the old rows and columns
+            shard.data.clear()
 
     def _place(self, shard: "_Shard", index: int, name: str, values: npt.NDArray[Any]) -> None:
         """Copy one problem's array into its shard, in the stored dtype."""
@@ -346,13 +355,13 @@ class Writer:
                 f"Give ({', '.join(_dims(self._arrays[name])[1:])}) = {expected}."
             )
         block = self._block_of(shard, name, expected)
-        cell = block[index - shard.start][tuple(slice(n) for n in expected)]
+        cell: Any = (index - shard.start, *(slice(n) for n in expected))
         with np.errstate(over="ignore"):
-            cell[...] = values
-        if name == "scores" and values.dtype != cell.dtype and np.isposinf(cell).any():
+            block[cell] = values
+        if name == "scores" and values.dtype != block.dtype and np.isposinf(block[cell]).any():
             raise InputError(
                 f"scores of problem {self._ids[index]!r} reach {values.max():.3g}, past what "
-                f"{cell.dtype} holds ({np.finfo(cell.dtype).max:.0f}). Use dtype='float32'."
+                f"{block.dtype} holds ({np.finfo(block.dtype).max:.0f}). Use dtype='float32'."
             )
 
     def _block_of(self, shard: "_Shard", name: str, expected: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -379,6 +388,7 @@ class Writer:
         done = int((self._state["status"] == DONE).sum())
         intact = f"; the problems already done ({done} of {len(self._ids)}) are intact"
         with _explained(self._path, need=self._raw_bytes, intact=intact):
+            # this order is the promise: whoever sees a status sees all that it vouches for
             for name, block in shard.data.items():
                 self._keep_done(shard, name, block)
                 if block.size:

@@ -232,8 +232,8 @@ def _track(p: xr.DataArray, dim: str, given: Any, name: str) -> xr.Variable:
     if dim not in given.dims or not set(given.dims) <= set(dims):
         raise ValueError(f"{name} needs dims {dims}, got {tuple(given.dims)}")
     xr.align(p, given, join="exact", copy=False)  # refuses other problems, or another order
-    track: xr.Variable = given.variable.compute()
-    return track.set_dims({each: p.sizes[each] for each in dims})
+    values = given.transpose(*dims, missing_dims="ignore").values
+    return xr.Variable(dims, np.broadcast_to(values, [p.sizes[each] for each in dims]))
 
 
 def _extent(track: xr.Variable) -> Any:
@@ -303,22 +303,26 @@ def _with_dask(metric: Metric, p: xr.Variable, tracks: list[xr.Variable]) -> xr.
             f"{metric.name} needs whole matrices, but p is chunked along {' and '.join(cut)}. "
             "Use p.chunk(query=-1, key=-1) first"
         )
-    n_key = p.sizes["key"]
-    if metric.square:
-        rows = _extent(tracks[0])
-        sizes = {int(rows[group[0]]) for group in _groups(metric, tracks, rows)} - {0}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"{metric.name} cannot measure blocks of several sizes {sorted(sizes)} with dask. "
-                "Open the store without dask (chunks=None), or select problems of one size"
-            )
-        own = slice(max(sizes, default=n_key))  # no problem done: all zeros, which cores answer
-        p, *tracks = (each.isel(query=own, key=own, missing_dims="ignore") for each in (p, *tracks))
-    if PROBLEM in p.dims:
+    n_key, by_problem = p.sizes["key"], PROBLEM in p.dims
+    if by_problem:
         tracks = [track.chunk({PROBLEM: p.chunksizes[PROBLEM]}) for track in tracks]
-    result = _apply(metric, p, *tracks)
-    left = n_key - p.sizes["key"]
-    return result.pad(key=(0, left), constant_values=math.nan) if metric.out and left else result
+    if not metric.square:
+        return _apply(metric, p, *tracks)
+    rows = _extent(tracks[0])
+    sizes = {int(rows[group[0]]) for group in _groups(metric, tracks, rows)} - {0}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{metric.name} cannot measure blocks of several sizes {sorted(sizes)} with dask. "
+            "Open the store without dask (chunks=None), or select problems of one size"
+        )
+    own = slice(max(sizes, default=n_key))
+    inner = (each.isel(query=own, key=own, missing_dims="ignore") for each in (p, *tracks))
+    result = _apply(metric, *inner)
+    if left := n_key - result.sizes.get("key", n_key):
+        result = result.pad(key=(0, left), constant_values=math.nan)
+    done = xr.Variable((PROBLEM,), rows > 0) if by_problem else xr.Variable((), rows[0] > 0)
+    masked: xr.Variable = xr.where(done, result, metric.undefined)  # type: ignore[no-untyped-call]
+    return masked
 
 
 def _apply(metric: Metric, p: xr.Variable, *tracks: xr.Variable) -> xr.Variable:

@@ -260,7 +260,7 @@ def test_selected_rows_score_as_the_same_rows_of_the_whole_matrix() -> None:
 
 def test_a_row_whose_own_token_is_not_stored_is_left_out() -> None:
     p = np.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])  # rows 5 and 2, keys 0, 1, 2
-    at = {"query_position": [5, 2], "key_position": [0, 1, 2]}
+    at: dict[str, Any] = {"query_position": [5, 2], "key_position": [0, 1, 2]}
     assert float(heads.duplicate_token(p, [4, 6, 4], **at)) == 0.0
     assert float(heads.duplicate_token(p[:, ::-1], [4, 6, 4], **at)) == 1.0
 
@@ -268,7 +268,7 @@ def test_a_row_whose_own_token_is_not_stored_is_left_out() -> None:
 def test_keys_need_not_be_stored_in_order() -> None:
     case = random_case(5, [8], 0)
     mixed = np.random.default_rng(0).permutation(8)
-    at = {"query_position": np.arange(8), "key_position": mixed}
+    at: dict[str, Any] = {"query_position": np.arange(8), "key_position": mixed}
     for metric in (heads.induction, heads.duplicate_token):
         shuffled = metric(case["p"][..., mixed], case["token"][:, mixed], **at)
         np.testing.assert_allclose(shuffled, metric(case["p"], case["token"]))
@@ -294,7 +294,7 @@ def test_options_outside_their_choices_are_refused() -> None:
         heads.sink(UNIFORM, -1)
     for metric in (heads.previous_token, heads.duplicate_token, heads.induction):
         with pytest.raises(ValueError, match="'targets' or 'transformerlens', got 'abs'"):
-            metric(UNIFORM, convention="abs")  # type: ignore[operator]
+            metric(UNIFORM, convention="abs")  # type: ignore[arg-type]
 
 
 def test_rank_orders_heads_and_leaves_out_nan() -> None:

@@ -1,0 +1,254 @@
+"""What reading attention costs: `python -m benchmarks.overhead`.
+
+Every contender runs on the same weights and token ids. Times are thread CPU times, measured in
+one process, interleaved (one run of each contender per round), after three warm-up rounds; ratios
+are of medians. Peak memory above the model is measured with a fresh process for each contender.
+Before anything is timed, what a contender reads is compared with an eager copy of the model.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import probe
+from probe.capturing import read
+
+ROWS = 32
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One workload: a Llama of this size reads `batch` sequences of `length` tokens."""
+
+    length: int = 1024
+    batch: int = 2
+    layers: int = 12
+    hidden: int = 512
+    heads: int = 8
+    threads: int = 1
+
+    def model(self, attention: str) -> LlamaForCausalLM:
+        """A random model, the same weights every time."""
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=2048,
+            hidden_size=self.hidden,
+            intermediate_size=3 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            max_position_embeddings=max(2048, self.length),
+            initializer_range=0.1,
+        )
+        model = LlamaForCausalLM._from_config(config, attn_implementation=attention)
+        assert isinstance(model, LlamaForCausalLM)
+        return model.eval()
+
+    def ids(self) -> torch.Tensor:
+        """Token ids (batch, position)."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(3, 2048, (self.batch, self.length), generator=generator)
+
+
+Run = Callable[[], Any]
+Contender = Callable[[Setting], Run]
+
+
+def sdpa(setting: Setting) -> Run:
+    """The yardstick: a plain forward on the fast kernel."""
+    model, ids = setting.model("sdpa"), setting.ids()
+    return lambda: model(ids, use_cache=False)
+
+
+def eager(setting: Setting) -> Run:
+    """A plain forward on the eager kernel."""
+    model, ids = setting.model("eager"), setting.ids()
+    return lambda: model(ids, use_cache=False)
+
+
+def output_attentions(setting: Setting) -> Run:
+    """What transformers offers: all patterns, float32, held until the forward ends."""
+    model, ids = setting.model("eager"), setting.ids()
+    return lambda: model(ids, use_cache=False, output_attentions=True).attentions
+
+
+def one_by_one(setting: Setting) -> Run:
+    """The same, one sequence at a time, the last one's patterns dropped before the next."""
+    model, ids = setting.model("eager"), setting.ids()
+
+    def run() -> None:
+        for row in ids:
+            model(row[None], use_cache=False, output_attentions=True)
+
+    return run
+
+
+def tapped(setting: Setting) -> Run:
+    """A tapped model that nobody listens to."""
+    model, ids = probe.load(setting.model("sdpa")), setting.ids()
+    return lambda: model.module(ids, use_cache=False)
+
+
+def _reading(setting: Setting, batch_size: int | None, **selection: Any) -> Run:
+    model = probe.load(setting.model("sdpa"))
+    plan = probe.plan(model, setting.ids().tolist(), batch_size=batch_size, **selection)
+
+    def run() -> Any:
+        result = None
+        for batch in plan.batches:
+            result = None
+            result = read(model, plan, batch, proof=False)
+        return result
+
+    return run
+
+
+def last_rows(setting: Setting) -> Run:
+    """32 rows of every layer and head, float16, with the loss."""
+    return _reading(setting, setting.batch, queries=f"last:{ROWS}")
+
+
+def full(setting: Setting) -> Run:
+    """All patterns, float16, held until the forward ends, with the loss."""
+    return _reading(setting, setting.batch)
+
+
+def full_streamed(setting: Setting) -> Run:
+    """The same in the batches that capture chooses, each handed on before the next."""
+    return _reading(setting, None)
+
+
+CONTENDERS: dict[str, Contender] = {
+    "sdpa forward": sdpa,
+    "eager forward": eager,
+    "output_attentions=True": output_attentions,
+    "output_attentions=True, one by one": one_by_one,
+    "probe, idle": tapped,
+    f"probe, {ROWS} rows": last_rows,
+    "probe, full": full,
+    "probe, full as captured": full_streamed,
+}
+
+
+def parity(setting: Setting) -> float:
+    """Largest difference between what is read (float32) and an eager copy's patterns."""
+    attentions = output_attentions(setting)()
+    worst = 0.0
+    for selection in ({}, {"queries": f"last:{ROWS}"}):
+        readings = _reading(setting, setting.batch, dtype="float32", **selection)()
+        for problem, reading in enumerate(readings):
+            for layer, expected in enumerate(attentions):
+                got = torch.from_numpy(reading.arrays["pattern"][layer])
+                expected = expected[problem][:, -got.shape[1] :]
+                worst = max(worst, float((got - expected).abs().max()))
+    return worst
+
+
+def times(setting: Setting, repeats: int, warmups: int = 3) -> dict[str, list[float]]:
+    """Thread CPU seconds of every contender, interleaved."""
+    runs = {name: make(setting) for name, make in CONTENDERS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(warmups + repeats):
+        for name, run in runs.items():
+            gc.collect()
+            start = time.thread_time()
+            result = run()
+            elapsed = time.thread_time() - start
+            del result
+            if round_ >= warmups:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def peak(name: str, setting: Setting) -> float:
+    """Bytes that one run of a contender needs at its peak above the loaded model (Linux)."""
+    small = Setting(**{**vars(setting), "length": 8})
+    CONTENDERS[name](small)()  # imports and lazy initialisation are not the run's
+    run = CONTENDERS[name](setting)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = _status("VmRSS")
+    result = run()
+    high = _status("VmHWM")
+    del result
+    return float(high - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def main() -> None:
+    """Print the table, or one contender's peak memory."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, value in vars(Setting()).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    setting = Setting(**{name: getattr(arguments, name) for name in vars(Setting())})
+    torch.set_num_threads(setting.threads)
+    with torch.no_grad():
+        if arguments.peak:
+            print(peak(arguments.peak, setting))
+            return
+        wrong = parity(setting)
+        seconds = times(setting, arguments.repeats)
+    memory = {name: _peak_elsewhere(name, setting) for name in CONTENDERS}
+    _report(setting, seconds, memory, wrong)
+    if arguments.json:
+        figures = {"setting": vars(setting), "parity": wrong, "seconds": seconds, "bytes": memory}
+        arguments.json.write_text(json.dumps(figures, indent=1))
+
+
+def _peak_elsewhere(name: str, setting: Setting) -> float:
+    options = [f"--{key}={value}" for key, value in vars(setting).items()]
+    command = [sys.executable, "-m", "benchmarks.overhead", "--peak", name, *options]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _report(
+    setting: Setting, seconds: dict[str, list[float]], memory: dict[str, float], wrong: float
+) -> None:
+    base = statistics.median(seconds["sdpa forward"])
+    all_of_it = memory["output_attentions=True"]
+    load = Path("/proc/loadavg").read_text().split()[0]
+    table = Table(
+        "contender",
+        "median s",
+        "spread",
+        "x sdpa",
+        "peak MB",
+        "x output_attentions",
+        title=f"{setting}\nlargest difference from eager {wrong:.1e}, load {load}",
+    )
+    for name, values in seconds.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        table.add_row(
+            name,
+            f"{middle:.3f}",
+            f"{low:.3f} - {high:.3f}",
+            f"{middle / base:.3f}",
+            f"{memory[name] / 1e6:.0f}",
+            f"{memory[name] / all_of_it:.2f}",
+        )
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

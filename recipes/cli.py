@@ -1,0 +1,309 @@
+"""The command `probe`: results on stdout, progress and errors on stderr.
+
+Exit codes: 0, 1 (one red message), 2 (usage). Heavy imports wait until a command needs them.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import probe
+from probe.errors import InputError, ProbeError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Read attention in any Hugging Face model, into labelled stores, and measure it.",
+)
+
+ModelName = Annotated[str, typer.Argument(help="Hub name, local folder or demo-llama, ...")]
+Store = Annotated[Path, typer.Argument(help="Folder of a store.")]
+Metric = Annotated[str, typer.Argument(help="heads.induction, flow.hub, or any importable one.")]
+Selector = Annotated[str | None, typer.Option(help="3, -1, 0,2,5, 2:8; rows and keys: last:6.")]
+
+
+def main() -> None:
+    """Run the command; an error that we raise on purpose is one red line, not a traceback."""
+    debug = "--debug" in sys.argv
+    sys.argv = [a for a in sys.argv if a != "--debug"]
+    try:
+        app()
+    except ProbeError as error:
+        if debug:
+            raise
+        message = f"{type(error).__name__}: {error}"
+        Console(stderr=True, soft_wrap=True).print(message, style="red", markup=False)
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    name: Annotated[str, typer.Argument(help="A demonstration model.")] = "demo-llama",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.")] = Path(
+        "demo"
+    ),
+) -> None:
+    """Find the induction heads of a shipped model, and draw them."""
+    _quiet()
+    from recipes import demo as recipe
+    from recipes import heads
+
+    found = recipe.run(name, out)
+    both = {"induction": found.induction, "previous token": found.previous}
+    rows = [
+        (row.label, *(f"{float(x.sel(layer=row.layer, head=row.head)):.3f}" for x in both.values()))
+        for row in heads.rank(found.induction, top=None)
+    ]
+    _table(("head", *both), rows)
+    for kind, scores in (("induction", found.induction), ("previous-token", found.previous)):
+        named = [r for r in heads.rank(scores, top=None) if r.score > recipe.THRESHOLD]
+        listed = ", ".join(f"{r.label} ({r.score:.2f})" for r in named) or "none"
+        typer.echo(f"{kind} heads (score > {recipe.THRESHOLD}): {listed}")
+    typer.echo(f"store   {found.store}\npicture {found.figure}")
+    typer.echo(f"next: probe info {found.store}", err=True)
+
+
+@app.command()
+def check(model: ModelName) -> None:
+    """Prove that a model's attention can be read."""
+    _quiet()
+    from importlib.metadata import version
+
+    import recipes
+
+    with probe.load(model) as loaded:
+        typer.echo(repr(loaded))
+        typer.echo(
+            f"proven in layers {', '.join(map(str, loaded.layers))}: rows sum to 1, no future, and "
+            "pattern @ value is what the model's own kernel returned"
+        )
+    names = ("attn-probe", "nnsight", "transformers", "torch", "zarr", "xarray")
+    typer.echo(", ".join(f"{name} {version(name)}" for name in names))
+    typer.echo(f"recipes {Path(recipes.__file__).parent}")
+
+
+@app.command()
+def capture(
+    model: ModelName,
+    problems: Annotated[str, typer.Argument(help="Text, .txt, .jsonl or hf:NAME:CONFIG:SPLIT.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the store.")],
+    text: Annotated[str | None, typer.Option(help="Field of a jsonl file.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Problems to take.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draw them with this seed.")] = None,
+    sites: Annotated[
+        str, typer.Option(help="pattern, scores, or both: pattern,scores.")
+    ] = "pattern",
+    layers: Selector = None,
+    heads: Selector = None,
+    queries: Selector = None,
+    keys: Selector = None,
+    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    batch_size: Annotated[int | None, typer.Option(help="Problems in a batch at most.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut problems to so many tokens.")] = None,
+    on_error: Annotated[str, typer.Option(help="record or raise.")] = "record",
+    overwrite: Annotated[bool, typer.Option(help="Replace a store that is there.")] = False,
+    plan: Annotated[bool, typer.Option(help="Only say what would be done.")] = False,
+) -> None:
+    """Run problems through a model into a store; the same command again resumes."""
+    _quiet()
+    chosen = probe.problems(problems, text=text, n=n, seed=seed)
+    options: dict[str, Any] = {
+        "sites": tuple(sites.split(",")),
+        "layers": selector(layers),
+        "heads": selector(heads),
+        "queries": selector(queries),
+        "keys": selector(keys),
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "max_length": max_length,
+    }
+    with probe.load(model) as loaded:
+        if plan:
+            typer.echo(str(probe.plan(loaded, chosen, **options)))
+            return
+        more: dict[str, Any] = {"on_error": on_error, "overwrite": overwrite}
+        ds = probe.capture(loaded, chosen, out, **options, **more)
+    typer.echo(f"{_progress(ds)}: {out}")
+    _echo_failures(ds)
+
+
+@app.command()
+def info(
+    store: Store,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Say what a store holds, how it was made, and how full it is."""
+    ds = probe.open(store)
+    files = [file for file in store.rglob("*") if file.is_file()]
+    story = {k: v for k, v in ds.attrs.items() if k not in ("config", "coordinates", "layout")}
+    facts = {
+        "problems": _progress(ds),
+        "dims": {str(k): v for k, v in ds.sizes.items()},
+        "tokens": int(ds.length.sum()),
+        "bytes": sum(file.stat().st_size for file in files),
+        "files": len(files),
+        **story,
+    }
+    if "loss" in ds:
+        facts["mean loss (nats per token)"] = round(float(ds.loss.mean()), 4)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    _table(
+        ("", str(store)),
+        [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in facts.items()],
+    )
+    _echo_failures(ds)
+
+
+@app.command()
+def rank(
+    metric: Metric,
+    store: Store,
+    top: Annotated[int, typer.Option(help="How many heads.")] = 10,
+    ascending: Annotated[bool, typer.Option(help="Lowest first.")] = False,
+) -> None:
+    """Rank heads by a metric, averaged over the problems of a store."""
+    from recipes import heads
+
+    scores = _scores(metric, probe.open(store))
+    rows = heads.rank(scores, top=top, descending=not ascending)
+    _table(("head", metric), [(row.label, f"{row.score:.4f}") for row in rows])
+
+
+@app.command()
+def plot(
+    store: Store,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Picture: .png, .svg or .pdf.")],
+    metric: Annotated[str, typer.Option(help="For a map of all heads.")] = "heads.previous_token",
+    problem: Annotated[str | None, typer.Option(help="Id; default the first one.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Draw the patterns of a layer.")] = None,
+    head: Annotated[int | None, typer.Option(help="And of one head.")] = None,
+) -> None:
+    """Draw a map of all heads, the heads of a layer, or one pattern."""
+    from recipes import plots
+
+    ds = probe.open(store)
+    if layer is None and head is None:
+        scores = _scores(metric, ds)
+        by_head = scores.mean([d for d in scores.dims if d not in ("layer", "head")])
+        figure = plots.head_map(by_head, title=f"{metric}, {ds.attrs['model']}").get_figure(
+            root=True
+        )
+    else:
+        figure = _draw_patterns(ds, problem, layer, head)
+    assert figure is not None
+    figure.savefig(out, dpi=160)
+    typer.echo(out)
+
+
+def selector(text: str | None) -> Any:
+    """A selection as typed: 3, -1, 0,2,5, 2:8, or a name such as last:6.
+
+    Example:
+        >>> selector("0,2"), selector("2:"), selector("last:6")
+        ([0, 2], slice(2, None, None), 'last:6')
+    """
+    if text is None:
+        return None
+    try:
+        if "," in text:
+            return [int(part) for part in text.split(",")]
+        if ":" in text:
+            return slice(*(int(part) if part else None for part in text.split(":")))
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _scores(metric: str, ds: "xr.Dataset") -> "xr.DataArray":
+    """A metric of a store's patterns, (problem, layer, head)."""
+    if "pattern" not in ds:
+        raise InputError(
+            f"the store holds {', '.join(map(str, ds.data_vars))}, and no pattern to measure."
+        )
+    function = _metric(metric)
+    try:
+        scores: xr.DataArray = function(ds.pattern)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{metric}: {error}") from error
+    return scores
+
+
+def _metric(name: str) -> Callable[..., Any]:
+    """heads.entropy, flow.hub, or any importable package.module.function."""
+    module, _, function = name.rpartition(".")
+    for home in (f"recipes.{module}", module):
+        try:
+            found: Any = getattr(importlib.import_module(home), function, None)
+        except (ImportError, ValueError):
+            continue
+        if callable(found):
+            return found  # type: ignore[no-any-return]
+    raise InputError(
+        f"there is no metric {name!r}. Name one like heads.induction, heads.entropy or flow.hub, "
+        "or a function of your own as package.module.function."
+    )
+
+
+def _draw_patterns(
+    ds: "xr.Dataset", problem: str | None, layer: int | None, head: int | None
+) -> Any:
+    from recipes import plots
+
+    if layer is None:
+        raise InputError(f"head {head} of which layer? Add --layer.")
+    names = [str(name) for name in ds.problem.values]
+    chosen = names[0] if problem is None else problem
+    for what, value, known in (
+        ("problem", chosen, names),
+        ("layer", layer, ds.layer.values.tolist()),
+        ("head", head, [None, *ds["head"].values.tolist()]),
+    ):
+        if value not in known:
+            listed = ", ".join(map(str, [k for k in known if k is not None][:12]))
+            raise InputError(f"the store has no {what} {value!r}. It has {listed}, ...")
+    patterns = ds.pattern.sel(problem=chosen, layer=layer)
+    title = f"{ds.attrs['model']}, problem {chosen}, layer {layer}"
+    if head is None:
+        return plots.head_grid(patterns, title=title)
+    axes = plots.pattern(patterns.sel(head=head), title=f"{title}, head {head}")
+    return axes.get_figure(root=True)
+
+
+def _progress(ds: "xr.Dataset") -> str:
+    done, known = int((ds.status == 1).sum()), ds.attrs.get("problems", {})
+    failed = ds.sizes["problem"] - done
+    return f"{done} problems done, {failed} failed" + (f" of {known['n']}" if "n" in known else "")
+
+
+def _echo_failures(ds: "xr.Dataset") -> None:
+    failed = ds.isel(problem=(ds.status == 2).values)
+    for name, reason in zip(failed.problem.values, failed.error.values, strict=True):
+        typer.echo(f"failed: {name}: {reason}", err=True)
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def _quiet() -> None:
+    """Keep transformers' own progress bars out of the way of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
