@@ -1,0 +1,1 @@
+"""Measurements beside the alternatives; none of them is a test."""

@@ -51,11 +51,10 @@ class Setting:
             num_attention_heads=self.heads,
             num_key_value_heads=self.heads,
             max_position_embeddings=max(2048, self.length),
-            initializer_range=0.1,
         )
-        model = LlamaForCausalLM._from_config(config, attn_implementation=attention)
-        assert isinstance(model, LlamaForCausalLM)
-        return model.eval()
+        config._attn_implementation = attention
+        model: LlamaForCausalLM = LlamaForCausalLM(config).train(False)
+        return model
 
     def ids(self) -> torch.Tensor:
         """Token ids (batch, position)."""

@@ -7,6 +7,7 @@ Nothing heavy is imported before it is used: reading a store never needs torch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from probe import demos
 from probe.errors import InputError, ProbeError, StoreError, UnsupportedModelError, WiringError
 from probe.problems import Problem, Problems, problems
 
@@ -43,6 +44,7 @@ __all__ = [
     "UnsupportedModelError",
     "WiringError",
     "capture",
+    "demos",
     "load",
     "open",
     "plan",
@@ -54,6 +56,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'probe' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"probe.{_HOME[name]}"), name)
+    try:
+        home = importlib.import_module(f"probe.{_HOME[name]}")
+    except ImportError as error:
+        raise ImportError(
+            f"probe.{name} needs {error.name}, which cannot be imported here ({error}). Stores can "
+            "be read and measured without torch; to run models: pip install attn-probe"
+        ) from error
+    value = getattr(home, name)
     globals()[name] = value
     return value

@@ -101,12 +101,13 @@ def capture(
         # Batches stay as planned whatever is done already: in another batch a number may differ in
         # its last bit, and a resumed run must equal an uninterrupted one.
         batches = [batch for batch in todo.batches if pending.intersection(batch)]
-        bar = tqdm(total=len(pending), unit="problem", disable=not progress, mininterval=0.5)
+        bar = tqdm(total=len(pending), unit="problem", disable=not (progress and pending))
         with bar:
             for index, outcome in _outcomes(model, todo, batches, on_error):
                 if index not in pending:
                     continue
                 if isinstance(outcome, str):
+                    log.warning("problem %r failed: %s", todo.items[index].problem.id, outcome)
                     writer.fail(index, outcome)
                 else:
                     arrays = {site: [array] for site, array in outcome.arrays.items()}
@@ -301,7 +302,7 @@ def _losses(logits: Tensor | None, items: Sequence[Item]) -> list[float]:
             raise FloatingPointError(
                 "the model's logits are not finite: its dtype may overflow. Load it in float32"
             )
-        targets = torch.tensor(item.token_ids[1:], device=row.device)
+        targets = torch.tensor(item.token_ids[1:], dtype=torch.long, device=row.device)
         each = nn.functional.cross_entropy(
             row[: item.length - 1].float(), targets, reduction="none"
         )

@@ -74,6 +74,8 @@ def load(
                 f"{name!r} has no tokenizer that can be loaded ({_first_line(error)}). "
                 "Give one with tokenizer=, or load the model yourself and give probe.load that."
             ) from error
+    if place == source and Path(source).is_dir():
+        name = Path(source).resolve().name  # a store's record names the model, not a machine
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Model(nn.Module.to(module, target), tokenizer, name=name)
 

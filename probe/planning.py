@@ -12,6 +12,7 @@ import torch
 
 from probe import selection
 from probe.attention import Site
+from probe.disk import size as size
 from probe.errors import InputError
 from probe.model import Model
 from probe.problems import Problem, Problems
@@ -191,15 +192,6 @@ def plan(
         batches=tuple(_batches(items, batch_size, cell_bytes, equal=_length_matters(model))),
         seconds=_seconds(model, items),
     )
-
-
-def size(count: float) -> str:
-    """Bytes for people, SI: 1.2 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _check(sites: Sequence[str], dtype: str, batch: int | None, length: int | None) -> None:

@@ -24,6 +24,7 @@ def prove(call: AttentionCall, z: Tensor, *, rows: int = 64) -> None:
 
     Raises:
         WiringError: With the layer, the error and the versions.
+        FloatingPointError: The model itself computes NaN or infinity.
     """
     index = torch.linspace(0, call.n_queries - 1, min(rows, call.n_queries)).long().tolist()
     with torch.no_grad():
@@ -34,7 +35,12 @@ def prove(call: AttentionCall, z: Tensor, *, rows: int = 64) -> None:
         bad_sum = bool((total > 1 + 1e-4).any()) or (
             call.sinks is None and bool((total < 1 - 1e-4).any())
         )
-        if bad_sum or not bool(total.isfinite().all()):
+        if not bool(total.isfinite().all()) or not bool(z.isfinite().all()):
+            raise FloatingPointError(
+                f"layer {call.layer}: the model's own attention is not finite in {z.dtype}. Its "
+                "weights or its dtype overflow; load it in float32"
+            )
+        if bad_sum:
             _fail(call, f"rows sum to {total.min():.6g} .. {total.max():.6g}, not to 1")
         if call.causal and call.n_queries == call.n_keys:
             future = torch.arange(call.n_keys) > torch.as_tensor(index)[:, None]

@@ -304,6 +304,9 @@ class Tap:
                 prove(call, z)
             attention = _numbered(heard)
             self.envoy, self.layers = self._wrap(attention)
+        except FloatingPointError as error:
+            self.close()
+            raise UnsupportedModelError(f"{error}.") from error
         except BaseException:
             self.close()
             raise

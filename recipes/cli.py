@@ -149,7 +149,7 @@ def info(
     files = [file for file in store.rglob("*") if file.is_file()]
     story = {k: v for k, v in ds.attrs.items() if k not in ("config", "coordinates", "layout")}
     facts = {
-        "problems": _progress(ds),
+        "done": _progress(ds),
         "dims": {str(k): v for k, v in ds.sizes.items()},
         "tokens": int(ds.length.sum()),
         "bytes": sum(file.stat().st_size for file in files),
@@ -161,10 +161,7 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    _table(
-        ("", str(store)),
-        [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in facts.items()],
-    )
+    _table(("", str(store)), [(name, _plain(value)) for name, value in facts.items()])
     _echo_failures(ds)
 
 
@@ -289,6 +286,14 @@ def _progress(ds: "xr.Dataset") -> str:
     return f"{done} problems done, {failed} failed" + (f" of {known['n']}" if "n" in known else "")
 
 
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    return "-" if value is None else str(value)
+
+
 def _echo_failures(ds: "xr.Dataset") -> None:
     failed = ds.isel(problem=(ds.status == 2).values)
     for name, reason in zip(failed.problem.values, failed.error.values, strict=True):
@@ -296,10 +301,12 @@ def _echo_failures(ds: "xr.Dataset") -> None:
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _quiet() -> None:

@@ -5,9 +5,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -44,7 +46,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
             eos_token_id=None,
             pad_token_id=0,
         )
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 64,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -77,10 +79,9 @@ def tiny_model(
     config = tiny_config(family)
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, attn_implementation=implementation
-        )
-    model.to(dtype=dtype)
+        make: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+        model = make(config, attn_implementation=implementation)
+    nn.Module.to(model, dtype)
     model.train(mode=False)
     return model
 

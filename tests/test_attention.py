@@ -148,7 +148,7 @@ def selections(draw: st.DrawFn, size: int) -> Index:
     if kind == "all":
         return None
     if kind == "list":
-        return cast(list[int], draw(st.lists(st.integers(0, size - 1), max_size=size + 1)))
+        return draw(st.lists(st.integers(0, size - 1), max_size=size + 1))
     end = st.none() | st.integers(-size - 1, size + 1)
     return slice(draw(end), draw(end), draw(st.none() | st.integers(1, 3)))
 
@@ -438,11 +438,11 @@ def test_fill_writes_into_a_view_and_touches_nothing_else() -> None:
 # ------------------------------------------------------------------------------- how it computes
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches every operation: the largest tensor made, and the elements of all products."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest = self.multiplied = 0
 
     def __torch_dispatch__(

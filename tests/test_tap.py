@@ -4,7 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,16 +16,24 @@ from transformers import (
     AttentionMaskInterface,
     BloomConfig,
     BloomForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    StaticCache,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import probe.tap
 from probe.attention import AttentionCall
 from probe.errors import UnsupportedModelError, WiringError
-from probe.tap import AttentionEnvoy, Tap, run
+from probe.tap import AttentionEnvoy, LazyEnvoy, RootEnvoy, Tap, run
 
 Tiny = Callable[..., PreTrainedModel]
 Seen = dict[str, list[Any]]
@@ -52,7 +60,7 @@ def batch_of(family: str, padding: str) -> dict[str, Tensor]:
     return batch
 
 
-def allowed(model: PreTrainedModel, layer: int, batch: Mapping[str, Tensor]) -> Tensor:
+def allowed(model: Any, layer: int, batch: Mapping[str, Tensor]) -> Tensor:
     """What a layer may attend to, from its config alone: (batch, query, key)."""
     n = LENGTHS[0]
     behind = torch.arange(n)[:, None] - torch.arange(n)
@@ -70,7 +78,7 @@ def real_rows(batch: Mapping[str, Tensor]) -> Tensor:
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
-def projections(model: PreTrainedModel) -> list[nn.Module]:
+def projections(model: Any) -> list[nn.Module]:
     """The output projection of each layer."""
     if model.config.model_type == "gpt2":
         return [layer.attn.c_proj for layer in model.transformer.h]
@@ -130,9 +138,11 @@ def test_patterns_are_those_of_an_eager_copy(
     wanted = tiny(family, "eager")(**batch, output_attentions=True).attentions
     _, seen = watch(tapped(family, kernel), batch, "pattern")
     rows = real_rows(batch)[:, None, :, None]
-    for got, want in zip(seen["pattern"], wanted, strict=True):
+    for layer, (got, want) in enumerate(zip(seen["pattern"], wanted, strict=True)):
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got * rows, want * rows, atol=1e-6, rtol=0)
+        # after the first layer sdpa hands on other last bits than eager does
+        tolerance = 3e-6 if kernel == "sdpa" and layer > 0 else 1e-6
+        torch.testing.assert_close(got * rows, want * rows, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -154,7 +164,7 @@ def test_patterns_of_a_bfloat16_model_differ_from_an_eager_copy_by_its_rounding_
         tolerance = 3 * unit * float(size) / 2 * 2 + unit
         if kernel == "sdpa" and layer > 0:
             tolerance *= 3
-        torch.testing.assert_close(got * rows, want * rows, atol=tolerance, rtol=0)
+        torch.testing.assert_close(got * rows, want.float() * rows, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -169,7 +179,7 @@ def test_scores_are_minus_infinity_exactly_where_nothing_is_attended(
     rows = real_rows(batch)
     for layer in tap.layers:
         scores, pattern = seen["scores"][layer], seen["pattern"][layer]
-        keep = allowed(tap.module, layer, batch)[:, None].expand_as(scores)  # type: ignore[arg-type]
+        keep = allowed(tap.module, layer, batch)[:, None].expand_as(scores)
         for b in range(2):
             finite = scores[b, :, rows[b]] > -torch.inf
             assert torch.equal(finite, keep[b, :, rows[b]])
@@ -339,7 +349,197 @@ def test_reading_works_in_inference_mode_and_leaves_the_logits(
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # its name changes in transformers 6
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_under_checkpointing_are_right_or_refused_but_never_silently_wrong(
+    reentrant: bool, tapped: Callable[..., Tap]
+) -> None:
+    batch = batch_of("llama", "no")
+
+    def gradient(tap: Tap) -> Tensor:
+        with torch.enable_grad():
+            output, seen = watch(tap, batch, "pattern")
+            loss = sum(p.square().sum() for p in seen["pattern"]) + output.logits.square().mean()
+            loss.backward()
+        grad = tap.module.get_parameter("model.layers.0.self_attn.q_proj.weight").grad
+        assert isinstance(grad, Tensor)
+        return grad
+
+    wanted = gradient(tapped("llama"))
+    tap = tapped("llama")
+    module: Any = tap.module
+    module.train()
+    module.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    module.enable_input_require_grads()
+    try:
+        got = gradient(tap)
+    except Exception:  # loud is right
+        return
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dropout_in_training_is_the_models_own_and_not_in_the_pattern(
+    kernel: str, tapped: Callable[..., Tap]
+) -> None:
+    tap = tapped("gpt2", kernel)
+    tap.module.train()
+    batch = batch_of("gpt2", "no")
+    torch.manual_seed(1)
+    wanted = tap.module(**batch).logits
+    torch.manual_seed(1)
+    output, seen = watch(tap, batch, "call", "scores", "pattern")
+    assert torch.equal(output.logits, wanted)
+    for call, pattern in zip(seen["call"], seen["pattern"], strict=True):
+        assert call.dropout == 0.1
+        torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 4, 11))
+
+
+def test_an_eager_gpt2_that_upcasts_keeps_its_bits() -> None:
+    config = GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.2,
+        reorder_and_upcast_attn=True,
+    )
+    config._attn_implementation = "eager"
+    model = GPT2LMHeadModel(config)
+    nn.Module.to(model, torch.bfloat16)
+    model.train(mode=False)
+    batch = batch_of("gpt2", "no")
+    wanted = model(**batch).logits
+    try:
+        tap = Tap(model)
+    except UnsupportedModelError:
+        assert torch.equal(model(**batch).logits, wanted)
+        return
+    assert torch.equal(watch(tap, batch, "pattern")[0].logits, wanted)
+    tap.close()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_asking_transformers_for_attentions_gives_what_it_gives_without_the_tap(
+    family: str, kernel: str, tiny: Tiny, tapped: Callable[..., Tap]
+) -> None:
+    batch = batch_of(family, "right")
+    wanted = tiny(family, kernel)(**batch, output_attentions=True).attentions
+    got = tapped(family, kernel).module(**batch, output_attentions=True).attentions
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+def others() -> dict[str, PreTrainedModel]:
+    """Models with a softcap and with sinks."""
+    shape: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "sliding_window": WINDOW,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(0)
+    gemma = Gemma2Config(**shape, attn_logit_softcapping=2.0, query_pre_attn_scalar=5)
+    oss = GptOssConfig(**shape, num_local_experts=2, num_experts_per_tok=1)
+    return {"gemma2": Gemma2ForCausalLM(gemma), "gpt_oss": GptOssForCausalLM(oss)}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_softcaps_and_sinks_are_read_as_the_model_uses_them(name: str, padding: str) -> None:
+    model = others()[name]
+    model.train(mode=False)
+    model.set_attn_implementation("eager")
+    batch = batch_of("llama", padding)
+    plain = model(**batch, output_attentions=True)
+    tap = Tap(model)
+    output, seen = watch(tap, batch, "call", "pattern")
+    assert torch.equal(output.logits, plain.logits)
+    rows = real_rows(batch)[:, None, :, None]
+    for call, got, want in zip(seen["call"], seen["pattern"], plain.attentions, strict=True):
+        assert (call.softcap, call.sinks is None) == (
+            (2.0, True) if name == "gemma2" else (None, False)
+        )
+        torch.testing.assert_close(got * rows, want[..., :11] * rows, atol=1e-6, rtol=0)
+    tap.close()
+
+
 # -------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_a_prefill_in_two_pieces_into_a_cache_is_read_like_an_eager_copy(
+    family: str, kernel: str, cache: str, tiny: Tiny, tapped: Callable[..., Tap]
+) -> None:
+    ids = batch_of(family, "no")["input_ids"]
+
+    def pieces(model: PreTrainedModel, forward: Callable[..., Any]) -> list[Any]:
+        options: dict[str, Any] = {"config": model.config}
+        store = (
+            StaticCache(**options, max_cache_len=16)
+            if cache == "static"
+            else DynamicCache(**options)
+        )
+        return [
+            forward({"input_ids": part, "past_key_values": store, "use_cache": True})
+            for part in (ids[:, :4], ids[:, 4:10], ids[:, 10:])
+        ]
+
+    eager, tap = tiny(family, "eager"), tapped(family, kernel)
+    assert isinstance(tap.module, PreTrainedModel)
+    wanted = pieces(eager, lambda batch: eager(**batch, output_attentions=True).attentions)
+    got = pieces(tap.module, lambda batch: watch(tap, batch, "pattern")[1]["pattern"])
+    for a, b in zip(got, wanted, strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, atol=3e-6, rtol=0)
+
+
+def test_one_step_of_generate_can_be_read_alone(tapped: Callable[..., Tap]) -> None:
+    tap = tapped("llama")
+    batch = batch_of("llama", "no")
+    seen: list[Tensor] = []
+    with tap.envoy.trace(fn="generate", **batch, max_new_tokens=4, do_sample=False) as tracer:
+        for _ in tracer.iter[2]:
+            seen.append(tap.layers[1].pattern)
+    assert [tuple(p.shape) for p in seen] == [(2, 4, 1, 13)]
+
+
+def test_a_pattern_edited_in_every_step_changes_what_is_generated_like_attention_by_hand(
+    family: str, tiny: Tiny, tapped: Callable[..., Tap]
+) -> None:
+    batch = batch_of(family, "no")
+    tap, steps = tapped(family), {"max_new_tokens": 4, "do_sample": False}
+    box: dict[str, Any] = {}
+
+    def generate(**kwargs: Any) -> Any:
+        box["out"] = cast(Any, tap.module).generate(
+            **kwargs, return_dict_in_generate=True, output_logits=True
+        )
+        return box["out"]
+
+    def first(layer: int, p: Tensor) -> Tensor:
+        return p * (0.5 + layer)
+
+    with tap.envoy.trace(fn=generate, **batch, **steps) as tracer:
+        for _ in tracer.iter[:4]:
+            for layer, envoy in tap.layers.items():
+                envoy.pattern = first(layer, envoy.pattern)
+    model = tiny(family, "eager")
+    Reference(pattern=first).logits(model, batch)  # leaves it registered
+    wanted = cast(Any, model).generate(
+        **batch, **steps, return_dict_in_generate=True, output_logits=True
+    )
+    for a, b in zip(box["out"].logits, wanted.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -349,7 +549,7 @@ def test_each_step_of_generate_reads_as_in_an_eager_copy(
     ids = batch_of(family, "left")["input_ids"]
     batch = {"input_ids": ids, "attention_mask": batch_of(family, "left")["attention_mask"]}
     steps = {"max_new_tokens": 4, "do_sample": False}
-    wanted = tiny(family, "eager").generate(
+    wanted = cast(Any, tiny(family, "eager")).generate(
         **batch, **steps, output_attentions=True, return_dict_in_generate=True
     )
     tap = tapped(family, kernel)
@@ -357,7 +557,7 @@ def test_each_step_of_generate_reads_as_in_an_eager_copy(
     box: dict[str, Tensor] = {}
 
     def generate(**kwargs: Any) -> Tensor:
-        box["ids"] = tap.module.generate(**kwargs)  # type: ignore[operator]
+        box["ids"] = cast(Any, tap.module).generate(**kwargs)
         return box["ids"]
 
     with tap.envoy.trace(fn=generate, **batch, **steps) as tracer:
@@ -491,12 +691,12 @@ def assign_bool_mask(layer: int, attn: AttentionEnvoy) -> None:
 
 
 def assign_query(layer: int, attn: AttentionEnvoy) -> None:
-    attn.call = replace(attn.call, query=attn.call.query * (1.5 + layer))
+    attn.call = replace(attn.call, query=attn.call.query * (1.2 + layer / 4))
 
 
 def assign_value(layer: int, attn: AttentionEnvoy) -> None:
     call = attn.call
-    attn.call = replace(call, value=call.value * (1.5 + layer))
+    attn.call = replace(call, value=call.value * (1.2 + layer / 4))
 
 
 def assign_z(layer: int, attn: AttentionEnvoy) -> None:
@@ -517,8 +717,8 @@ EDITS: dict[str, tuple[Callable[[int, AttentionEnvoy], None], Callable[[], Refer
     "scores and pattern": (assign_both, lambda: Reference(scores=tilt, pattern=halve)),
     "float mask": (assign_mask, lambda: Reference(hidden=knock)),
     "bool mask": (assign_bool_mask, lambda: Reference(hidden=knock)),
-    "query": (assign_query, lambda: Reference(scores=lambda layer, s: s * (1.5 + layer))),
-    "value": (assign_value, lambda: Reference(z=lambda layer, z: z * (1.5 + layer))),
+    "query": (assign_query, lambda: Reference(scores=lambda layer, s: s * (1.2 + layer / 4))),
+    "value": (assign_value, lambda: Reference(z=lambda layer, z: z * (1.2 + layer / 4))),
     "z": (assign_z, lambda: Reference(z=scale_z)),
     "z in place": (overwrite_z, lambda: Reference(z=scale_z)),
 }
@@ -695,7 +895,7 @@ def test_closing_after_an_error_in_a_trace_restores_the_model(family: str, tiny:
 
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         edited(tap, batch, fail)
-    with pytest.raises(Exception, match=""):  # noqa: PT011
+    with pytest.raises(RuntimeError, match=r"shape|size"):
         edited(tap, batch, break_shape)
     assert torch.equal(watch(tap, batch, "pattern")[0].logits, wanted)
     tap.close()
@@ -828,7 +1028,7 @@ def test_a_trace_computes_only_what_is_asked(
 def test_the_model_receives_its_padding_mask(family: str, tapped: Callable[..., Tap]) -> None:
     for kernel in KERNELS:
         tap = tapped(family, kernel)
-        name = tap.module.config._attn_implementation  # type: ignore[union-attr]
+        name = cast(Any, tap.module).config._attn_implementation
         assert "sdpa" not in name
         assert "flash" not in name
         assert ALL_MASK_ATTENTION_FUNCTIONS[name] is ALL_MASK_ATTENTION_FUNCTIONS[kernel]
@@ -870,11 +1070,16 @@ def test_a_model_with_attention_code_of_its_own_is_refused_by_name_and_left_alon
 
 
 def test_a_model_without_attention_is_refused() -> None:
-    class Still(LlamaForCausalLM):  # type: ignore[misc]
+    class Still(LlamaForCausalLM):  # type: ignore[no-untyped-call]
         def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
             return input_ids
 
-    shape = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    shape: dict[str, Any] = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+    }
     model = Still(LlamaConfig(**shape, num_attention_heads=1))
     before = photograph(model)
     with pytest.raises(UnsupportedModelError, match="nothing to read"):
@@ -928,6 +1133,29 @@ def test_a_mask_that_is_no_tensor_is_refused() -> None:
         probe.tap._call("flex", nn.Linear(1, 1), q, q, q, "block mask", {})
 
 
+def test_flash_attention_without_a_mask_is_aligned_at_the_bottom_right_with_its_window() -> None:
+    q, k = torch.randn(1, 2, 2, 4), torch.randn(1, 2, 5, 4)
+    call = probe.tap._call(
+        "flash_attention_2", nn.Linear(1, 1), q, k, k, None, {"sliding_window": 3}
+    )
+    assert call.keep()[0, 0].int().tolist() == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    call = probe.tap._call("sdpa", nn.Linear(1, 1), q, k, k, None, {"sliding_window": 3})
+    assert call.keep()[0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+
+
+def test_a_module_or_a_kernel_that_is_not_causal_sees_everything() -> None:
+    q = torch.randn(1, 2, 3, 4)
+    module = nn.Linear(1, 1)
+    call = probe.tap._call("sdpa", module, q, q, q, None, {"is_causal": False})
+    assert bool(call.keep().all())
+    module.is_causal = False  # type: ignore[assignment]
+    assert bool(probe.tap._call("sdpa", module, q, q, q, None, {}).keep().all())
+    assert not bool(
+        probe.tap._call("sdpa", module, q, q, q, None, {"is_causal": True}).keep().all()
+    )
+    assert bool(probe.tap._call("eager", nn.Linear(1, 1), q, q, q, None, {}).keep().all())
+
+
 # ------------------------------------------------------------------------------ the lazy tree
 
 
@@ -963,6 +1191,15 @@ def test_the_lazy_tree_prints_like_a_plain_one_with_what_can_be_read(
         assert lazy.count(f"({name})") == plain.count(f"({name})")
     for line in ("what the kernel is given", "before softmax", "after softmax"):
         assert line in lazy
+
+
+def test_the_lazy_tree_keeps_the_order_of_the_model_whatever_is_touched_first(tiny: Tiny) -> None:
+    # as in a hybrid model, where only some layers have attention
+    tree = RootEnvoy(tiny("llama"), envoys={nn.Module: LazyEnvoy})
+    tree.model.layers[2].mlp  # noqa: B018
+    paths = [f"model.model.layers.{i}" for i in range(3)]
+    assert [e.path for e in tree.model.layers] == paths
+    assert [e.path for e in tree.model.layers[:2]] == paths[:2]
 
 
 def test_attention_inside_a_wrapper_is_found(tiny: Tiny) -> None:

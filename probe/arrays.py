@@ -1,0 +1,134 @@
+"""The zarr arrays of a store: how long they are, made empty, labelled."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import ZstdCodec
+
+from probe import schema
+from probe.errors import InputError
+from probe.schema import Labels
+
+
+def lengths(
+    labels: Sequence[Labels],
+    layers: Sequence[int],
+    heads: Sequence[int],
+    more: Mapping[str, int],
+    arrays: Mapping[str, schema.Array],
+) -> dict[str, int]:
+    """Length of every dim, after checking that a store can have these problems and arrays."""
+    if not labels:
+        raise InputError("a store needs at least one problem, and labels is empty. Give one.")
+    ids = [one.id for one in labels]
+    if len(set(ids)) < len(ids):
+        twice = next(name for n, name in enumerate(ids) if name in ids[:n])
+        raise InputError(f"two problems have the id {twice!r}. Give each its own.")
+    sizes = dict(more) | {
+        "problem": len(labels),
+        "layer": len(layers),
+        "head": len(heads),
+        "query": max(1, *(len(one.query_position) for one in labels)),
+        "key": max(1, *(len(one.key_position) for one in labels)),
+    }
+    for name, array in arrays.items():
+        if array.dims[:1] != ("problem",) or name in schema.COLUMNS or name in schema.INDEXES:
+            raise InputError(
+                f"an array {name!r} over {array.dims} cannot be stored. "
+                'Its first dim must be "problem", and its name must not be one that stores use.'
+            )
+        unknown = [dim for dim in array.dims if sizes.get(dim, 0) < 1]
+        if unknown:
+            raise InputError(
+                f"{name} has dim {unknown[0]!r} of unknown length. "
+                f"Give sizes={{{unknown[0]!r}: ...}}."
+            )
+    return sizes
+
+
+def make_arrays(
+    group: zarr.Group,
+    arrays: Mapping[str, schema.Array],
+    layout: schema.Layout,
+    sizes: Mapping[str, int],
+    *,
+    loss: bool,
+) -> None:
+    """Make every array of the schema, all empty."""
+
+    def make(
+        name: str, spec: schema.Array, chunk: Sequence[int], shard: tuple[int, ...] | None = None
+    ) -> None:
+        group.create_array(
+            name,
+            shape=tuple(sizes[dim] for dim in spec.dims),
+            dtype=str if spec.dtype == "string" else spec.dtype,
+            chunks=tuple(chunk),
+            shards=shard,
+            fill_value=spec.fill,
+            compressors=ZstdCodec(level=1),
+            dimension_names=spec.dims,
+        )
+
+    for name, spec in arrays.items():
+        make(name, spec, layout.chunks[name], layout.shards[name])
+    for name, spec in schema.COLUMNS.items():
+        if name == "problem":  # read at every opening, never rewritten: one chunk
+            make(name, spec, [sizes["problem"]])
+        elif name != "loss" or loss:
+            make(name, spec, [layout.block, *(sizes[dim] for dim in spec.dims[1:])])
+    for name in schema.INDEXES[1:]:
+        make(name, schema.Array((name,), "int64", 0), [sizes[name]])
+
+
+def write_labels(
+    group: zarr.Group,
+    labels: Sequence[Labels],
+    layers: Sequence[int],
+    heads: Sequence[int],
+    *,
+    block: int,
+) -> None:
+    """Write all that is known before the run, whole chunks of `block` problems at a time."""
+    rows, keys = named(group, "query").shape[0], named(group, "key").shape[0]
+    indexes = {
+        "problem": np.array([one.id for one in labels], dtype=object),
+        "layer": np.array(layers, dtype=np.int64),
+        "head": np.array(heads, dtype=np.int64),
+        "query": np.arange(rows, dtype=np.int64),
+        "key": np.arange(keys, dtype=np.int64),
+    }
+    for name, values in indexes.items():
+        named(group, name)[:] = values
+    for start in range(0, len(labels), block):
+        some = labels[start : start + block]
+        for name, values in label_columns(some, rows, keys).items():
+            named(group, name)[start : start + len(some)] = values
+
+
+def label_columns(labels: Sequence[Labels], rows: int, keys: int) -> dict[str, npt.NDArray[Any]]:
+    """The label arrays of some problems, padded with each array's fill value."""
+    sizes = {"problem": len(labels), "query": rows, "key": keys}
+    out = {"length": np.array([one.length for one in labels], dtype=np.int32)}
+    for name in ("query_position", "key_position", "token", "token_id", "segment"):
+        spec = schema.COLUMNS[name]
+        dtype = object if spec.dtype == "string" else spec.dtype
+        out[name] = np.full([sizes[dim] for dim in spec.dims], spec.fill, dtype)
+        for i, one in enumerate(labels):
+            values = getattr(one, name)
+            out[name][i, : len(values)] = values
+    return out
+
+
+def named(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    """The array of this name."""
+    return cast("zarr.Array[Any]", group[name])
+
+
+def dims(array: zarr.Array[Any]) -> tuple[str, ...]:
+    """Names of an array's dims."""
+    names = array.metadata.dimension_names if array.metadata.zarr_format == 3 else None
+    return tuple(str(name) for name in names or ())
