@@ -131,6 +131,8 @@ class AttentionCall:
             (batch, head, query, key) float32, or float64 where the query is.
         """
         if heads is not None:
+            if not self._heads(heads):
+                return self._nothing(queries, keys)
             each = (self.head(h).scores(queries=queries, keys=keys) for h in self._heads(heads))
             return torch.cat(list(each), dim=1)
         q = _wide(_take(self.query, queries, 2))
@@ -155,6 +157,8 @@ class AttentionCall:
             (batch, head, query, key) float32 (float64 where the query is), before dropout.
         """
         if heads is not None:
+            if not self._heads(heads):
+                return self._nothing(queries, keys)
             each = (self.head(h).pattern(queries=queries, keys=keys) for h in self._heads(heads))
             return torch.cat(list(each), dim=1)
         return _take(self._normalise(self.scores(queries=queries)), keys, 3)
@@ -261,6 +265,14 @@ class AttentionCall:
         sink = self.sinks.to(scores.dtype).view(1, -1, 1, 1)
         return (scores - torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)).exp()
 
+    def _nothing(self, queries: Index, keys: Index) -> Tensor:
+        """A tensor of no heads."""
+        rows = _positions(queries, self.n_queries, self.query.device)
+        columns = _positions(keys, self.n_keys, self.query.device)
+        return _wide(self.query[:, :0, :1, :1]).new_empty(
+            self.query.shape[0], 0, len(rows), len(columns)
+        )
+
     def _heads(self, heads: Index) -> list[int]:
         return _positions(heads, self.n_heads, torch.device("cpu")).tolist()
 
@@ -300,7 +312,8 @@ class AttentionCall:
             # Only the columns from the first row's diagonal on can be hidden.
             rows = _bounds(queries, self.n_queries)
             start = _bounds(keys, self.n_keys)[0]
-            if isinstance(keys, slice | None) and rows[0] + 1 > start:
+            plain = keys is None or (isinstance(keys, slice) and keys.step in (None, 1))
+            if plain and rows[0] + 1 > start:
                 visible = rows[0] + 1 - start
                 keys = slice(rows[0] + 1, _bounds(keys, self.n_keys)[1])
                 s[..., visible:].masked_fill_(~self.keep(queries, keys), -torch.inf)
@@ -347,12 +360,13 @@ def _take(x: Tensor, index: Index, dim: int) -> Tensor:
         return x
     if isinstance(index, slice):
         return x[(slice(None),) * dim + (index,)]
-    return x.index_select(dim, torch.as_tensor(index, device=x.device))
+    return x.index_select(dim, torch.as_tensor(index, device=x.device, dtype=torch.long))
 
 
 def _positions(index: Index, size: int, device: torch.device) -> Tensor:
     if isinstance(index, slice | None):
-        return torch.arange(*(index or slice(None)).indices(size), device=device)
+        start, stop, step = (index or slice(None)).indices(size)
+        return torch.arange(start, max(start, stop), step, device=device)
     return torch.as_tensor(index, device=device, dtype=torch.long)
 
 

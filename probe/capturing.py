@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 
 from probe import store as stores
 from probe.attention import AttentionCall, Site
+from probe.envoys import AttentionEnvoy
 from probe.errors import InputError, ProbeError, StoreError
 from probe.model import Model
 from probe.planning import Item, Plan, plan, size
 from probe.proof import prove
 from probe.selection import Selector
-from probe.tap import AttentionEnvoy, run
+from probe.tap import run
 
 log = logging.getLogger("probe")
 

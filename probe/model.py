@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -9,12 +10,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from nnsight.intervention.envoy import Envoy
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from probe import demos
 from probe.errors import InputError, UnsupportedModelError
-from probe.tap import Tap, vocabulary_size
+from probe.interface import vocabulary_size
+from probe.tap import Tap
 
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
 
@@ -64,7 +67,7 @@ def load(
         module = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype or "auto", attn_implementation=attn_implementation, **options
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unloadable(name, error) from error
     if tokenizer is None:
         try:
@@ -186,29 +189,56 @@ class Model:
             input_ids (batch, position), attention_mask of the same shape, perhaps position_ids.
         """
         if isinstance(inputs, Mapping):
-            return self._positioned(
-                {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-            )
+            return self._positioned(self._tensors(inputs))
         if isinstance(inputs, Tensor):
             inputs = inputs.tolist()
         if isinstance(inputs, str):
             inputs = [inputs]
-        rows: list[Any] = list(inputs)
-        if rows and isinstance(rows[0], int | np.integer):
-            rows = [rows]
-        ids = [self.encode(row) if isinstance(row, str) else [int(i) for i in row] for row in rows]
+        try:
+            rows: list[Any] = list(inputs)
+            if rows and isinstance(rows[0], int | np.integer):
+                rows = [rows]
+            ids = [
+                self.encode(row) if isinstance(row, str) else [operator.index(i) for i in row]
+                for row in rows
+            ]
+        except TypeError as error:
+            raise InputError(
+                f"input {inputs!r:.60} is neither text nor token ids ({error}). Give a text, "
+                "texts, a list of token ids, lists of them, or what a tokenizer returns."
+            ) from error
         if not ids or not all(ids):
             raise InputError(f"input {inputs!r:.60} holds no tokens. Give at least one.")
         for row in ids:
             self.check(row)
-        side = getattr(self.tokenizer, "padding_side", "right")
-        return self._positioned(pad(ids, self.padding, side=side, device=self.device))
+        return self._positioned(pad(ids, self.padding, side=self.padding_side, device=self.device))
+
+    def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a tokenizer returns, with or without return_tensors, on the model's device."""
+        batch = dict(inputs)
+        ids = batch.get("input_ids")
+        if ids is not None and not isinstance(ids, Tensor):
+            rows = [ids] if isinstance(ids[0], int) else ids
+            if len({len(row) for row in rows}) > 1:  # not padded: its masks are all ones
+                batch |= pad(
+                    rows, self.padding, side=getattr(self.tokenizer, "padding_side", "right")
+                )
+            else:
+                batch = {k: torch.as_tensor(v).view(len(rows), -1) for k, v in batch.items()}
+        for row in batch["input_ids"].tolist() if "input_ids" in batch else []:
+            self.check(row)
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     @property
     def padding(self) -> int:
         """A token id to pad with; what it is never matters, padding is masked."""
         token = getattr(self.tokenizer, "pad_token_id", None)
         return int(token) if token is not None else 0
+
+    @property
+    def padding_side(self) -> str:
+        """The tokenizer's side, "right" without one."""
+        return str(getattr(self.tokenizer, "padding_side", "right"))
 
     def check(self, token_ids: Sequence[int], *, what: str = "the input") -> None:
         """Refuse token ids that the model cannot run on.
@@ -221,10 +251,10 @@ class Model:
                 f"{what} has {len(token_ids)} tokens, and the context of {self.name} is "
                 f"{self.context}. Shorten it, or cut it with max_length={self.context}."
             )
-        top = max(token_ids)
-        if top >= self.vocabulary:
+        wrong = next((i for i in token_ids if not 0 <= i < self.vocabulary), None)
+        if wrong is not None:
             raise InputError(
-                f"{what} holds token id {top}, and the vocabulary of {self.name} has "
+                f"{what} holds token id {wrong}, and the vocabulary of {self.name} has "
                 f"{self.vocabulary} (0 to {self.vocabulary - 1}). Encode it with its own tokenizer."
             )
 
@@ -242,9 +272,7 @@ class Model:
         for name, weight in self.module.named_parameters():
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
             if not weight.is_meta and weight.numel():
-                flat = weight.detach().flatten()
-                at = torch.linspace(0, len(flat) - 1, 64, dtype=torch.float64).long()
-                digest.update(flat[at.to(flat.device)].float().cpu().numpy().tobytes())
+                digest.update(_digest(weight.detach()))
         return digest.hexdigest()
 
     def close(self) -> None:
@@ -284,6 +312,20 @@ def pad(
         ids[i, where] = torch.as_tensor(row)
         mask[i, where] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _digest(weight: Tensor) -> bytes:
+    """The sum of all bits, which any one changed weight changes, and 64 weights for their order.
+
+    Integer sums are exact in any order, so every device gives the same.
+    """
+    bits = weight.contiguous().view(_BITS[weight.element_size()]).flatten()
+    at = torch.linspace(0, len(bits) - 1, 64, dtype=torch.float64).long().to(bits.device)
+    figures = torch.cat([bits.sum(dtype=torch.int64)[None], bits[at].long()])
+    return figures.cpu().numpy().tobytes()
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _base(module: nn.Module) -> PreTrainedModel:

@@ -30,12 +30,13 @@ def prove(call: AttentionCall, z: Tensor, *, rows: int = 64) -> None:
     with torch.no_grad():
         scores = call.scores(queries=index)
         pattern = call.softmax(scores)
-        attends = (scores > -torch.inf).any(-1)
+        attends = (scores != -torch.inf).any(-1)  # also where they are not numbers
         total = pattern.sum(-1)[attends]
         bad_sum = bool((total > 1 + 1e-4).any()) or (
             call.sinks is None and bool((total < 1 - 1e-4).any())
         )
-        if not bool(total.isfinite().all()) or not bool(z.isfinite().all()):
+        computed = z[:, index].transpose(1, 2)[attends]
+        if not bool(total.isfinite().all()) or not bool(computed.isfinite().all()):
             raise FloatingPointError(
                 f"layer {call.layer}: the model's own attention is not finite in {z.dtype}. Its "
                 "weights or its dtype overflow; load it in float32"

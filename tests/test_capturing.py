@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import probe
-from probe import capturing, demos, tap
+from probe import capturing, demos, interface
 from probe.errors import InputError, StoreError, WiringError
 
 NAMES = demos.NAMES
@@ -213,7 +214,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_halved(
 
 
 def test_numbers_that_are_not_finite_are_a_failure_not_data(tmp_path: Path) -> None:
-    module = AutoModelForCausalLM.from_pretrained(demos.path("demo-llama"))
+    module: Any = AutoModelForCausalLM.from_pretrained(demos.path("demo-llama"))
     with torch.no_grad():
         module.get_input_embeddings().weight[30] = torch.nan
     with probe.load(module) as model:
@@ -225,22 +226,22 @@ def test_numbers_that_are_not_finite_are_a_failure_not_data(tmp_path: Path) -> N
 def test_what_cannot_be_proven_is_not_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = tap._call
+    right = interface._call
 
     def wrong(*arguments: Any) -> Any:
         call = right(*arguments)
-        return tap.replace(call, scaling=1.1 * call.scaling)
+        return replace(call, scaling=1.1 * (call.scaling or 1))
 
     with probe.load("demo-llama") as model:
-        monkeypatch.setattr(tap, "_call", wrong)
+        monkeypatch.setattr(interface, "_call", wrong)
         with pytest.raises(WiringError, match=r"layer 0: pattern @ value differs"):
             probe.capture(model, RAGGED, tmp_path / "s", progress=False)
-        monkeypatch.setattr(tap, "_call", right)
+        monkeypatch.setattr(interface, "_call", right)
         assert probe.open(tmp_path / "s").sizes["problem"] == 0
 
 
 def test_the_model_runs_in_eval_mode_and_gets_its_mode_back(tmp_path: Path) -> None:
-    module = AutoModelForCausalLM.from_pretrained(demos.path("demo-gpt2"), attn_pdrop=0.5)
+    module: Any = AutoModelForCausalLM.from_pretrained(demos.path("demo-gpt2"), attn_pdrop=0.5)
     module.train()
     module.lm_head.eval()
     with probe.load(module) as model:
@@ -298,7 +299,7 @@ def test_no_room_on_the_disk_shows_before_anything_runs(
     llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(capturing.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(StoreError, match=r"would write about .* and the disk has 100 B free"):
         probe.capture(llama, RAGGED, tmp_path / "new" / "s", progress=False)
     assert list(tmp_path.iterdir()) == []

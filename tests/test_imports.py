@@ -59,7 +59,7 @@ def test_a_name_that_probe_lacks_is_an_attribute_error() -> None:
     import probe
 
     with pytest.raises(AttributeError, match="module 'probe' has no attribute 'lode'"):
-        _ = probe.lode  # type: ignore[attr-defined]
+        _ = probe.lode
 
 
 def test_every_public_name_is_there() -> None:

@@ -30,10 +30,12 @@ from transformers import (
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+import probe.interface
 import probe.tap
 from probe.attention import AttentionCall
+from probe.envoys import AttentionEnvoy, LazyEnvoy, RootEnvoy
 from probe.errors import UnsupportedModelError, WiringError
-from probe.tap import AttentionEnvoy, LazyEnvoy, RootEnvoy, Tap, run
+from probe.tap import Tap, run
 
 Tiny = Callable[..., PreTrainedModel]
 Seen = dict[str, list[Any]]
@@ -996,7 +998,7 @@ def test_an_idle_tap_builds_no_call(
     def refuse(*_: Any, **__: Any) -> AttentionCall:
         raise AssertionError("a call was built")
 
-    monkeypatch.setattr(probe.tap, "AttentionCall", refuse)
+    monkeypatch.setattr(probe.interface, "AttentionCall", refuse)
     assert torch.equal(tap.module(**batch).logits, wanted)
     with pytest.raises(AssertionError, match="a call was built"):
         watch(tap, batch, "pattern")
@@ -1124,36 +1126,36 @@ def test_a_kernel_without_a_mask_function_is_refused(tiny: Tiny) -> None:
 def test_arguments_that_change_attention_unseen_are_refused(extra: dict[str, Any]) -> None:
     q = torch.zeros(1, 1, 2, 2)
     with pytest.raises(UnsupportedModelError, match=f"passes '{next(iter(extra))}' to its"):
-        probe.tap._call("sdpa", nn.Linear(1, 1), q, q, q, None, extra)
+        probe.interface._call("sdpa", nn.Linear(1, 1), q, q, q, None, extra)
 
 
 def test_a_mask_that_is_no_tensor_is_refused() -> None:
     q = torch.zeros(1, 1, 2, 2)
     with pytest.raises(UnsupportedModelError, match="Linear under 'flex' gives its kernel a str"):
-        probe.tap._call("flex", nn.Linear(1, 1), q, q, q, "block mask", {})
+        probe.interface._call("flex", nn.Linear(1, 1), q, q, q, "block mask", {})
 
 
 def test_flash_attention_without_a_mask_is_aligned_at_the_bottom_right_with_its_window() -> None:
     q, k = torch.randn(1, 2, 2, 4), torch.randn(1, 2, 5, 4)
-    call = probe.tap._call(
+    call = probe.interface._call(
         "flash_attention_2", nn.Linear(1, 1), q, k, k, None, {"sliding_window": 3}
     )
     assert call.keep()[0, 0].int().tolist() == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
-    call = probe.tap._call("sdpa", nn.Linear(1, 1), q, k, k, None, {"sliding_window": 3})
+    call = probe.interface._call("sdpa", nn.Linear(1, 1), q, k, k, None, {"sliding_window": 3})
     assert call.keep()[0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
 
 
 def test_a_module_or_a_kernel_that_is_not_causal_sees_everything() -> None:
     q = torch.randn(1, 2, 3, 4)
     module = nn.Linear(1, 1)
-    call = probe.tap._call("sdpa", module, q, q, q, None, {"is_causal": False})
+    call = probe.interface._call("sdpa", module, q, q, q, None, {"is_causal": False})
     assert bool(call.keep().all())
     module.is_causal = False  # type: ignore[assignment]
-    assert bool(probe.tap._call("sdpa", module, q, q, q, None, {}).keep().all())
+    assert bool(probe.interface._call("sdpa", module, q, q, q, None, {}).keep().all())
     assert not bool(
-        probe.tap._call("sdpa", module, q, q, q, None, {"is_causal": True}).keep().all()
+        probe.interface._call("sdpa", module, q, q, q, None, {"is_causal": True}).keep().all()
     )
-    assert bool(probe.tap._call("eager", nn.Linear(1, 1), q, q, q, None, {}).keep().all())
+    assert bool(probe.interface._call("eager", nn.Linear(1, 1), q, q, q, None, {}).keep().all())
 
 
 # ------------------------------------------------------------------------------ the lazy tree
