@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 
 from probe import store as stores
 from probe.attention import AttentionCall, Site
+from probe.disk import size
 from probe.envoys import AttentionEnvoy
 from probe.errors import InputError, ProbeError, StoreError
 from probe.model import Model
-from probe.planning import Item, Plan, plan, size
+from probe.planning import Item, Plan, plan
 from probe.proof import prove
 from probe.selection import Selector
 from probe.tap import run
@@ -80,8 +81,9 @@ def capture(
         WiringError: What was read is not what the model computed; nothing wrong is stored.
 
     Example:
-        >>> ds = probe.capture(model, "train.jsonl", "run.zarr", queries="last:6")
-        >>> ds.pattern.sel(problem="0", layer=1, head=3)
+        >>> ds = probe.capture(model, "train.jsonl", "last.zarr", queries="last:6", progress=False)
+        >>> ds.pattern.sel(problem="0", layer=1, head=3).shape
+        (6, 10)
     """
     if on_error not in ("record", "raise"):
         raise InputError(f"on_error={on_error!r}. Choose 'record' or 'raise'.")

@@ -12,7 +12,7 @@ import torch
 
 from probe import selection
 from probe.attention import Site
-from probe.disk import size as size
+from probe.disk import size
 from probe.errors import InputError
 from probe.model import Model
 from probe.problems import Problem, Problems
@@ -156,6 +156,9 @@ def plan(
 
     Example:
         >>> print(probe.plan(model, "train.jsonl", queries="last:6"))
+        2 problems, 17 tokens (longest 10), 1 batches
+        pattern: 2 layers x 4 heads x up to 6 rows, float16: 96 rows, ... expected on disk)
+        at least ... s of model time on this machine
     """
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
     _check(sites, dtype, batch_size, max_length)

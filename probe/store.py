@@ -43,7 +43,8 @@ def open(path: str | Path) -> xr.Dataset:
 
     Example:
         >>> ds = probe.open("run.zarr")
-        >>> ds.pattern.sel(problem="0", layer=3, head=1).values
+        >>> ds.pattern.sel(problem="0", layer=1, head=3).shape
+        (10, 10)
     """
     path = Path(path)
     attrs = _attributes(path)
@@ -61,7 +62,8 @@ def vacant(path: str | Path) -> bool:
     """Whether nothing is here that a new store would replace: no such path, or an empty folder.
 
     Example:
-        >>> writer = create(path, ...) if vacant(path) else resume(path, config=config)
+        >>> vacant("run.zarr"), vacant("nowhere.zarr")
+        (False, True)
     """
     path = Path(path)
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
@@ -110,9 +112,12 @@ def create(
         StoreError: The path is taken, or cannot be written.
 
     Example:
-        >>> with create("run.zarr", labels=labels, layers=range(12), heads=range(12),
-        ...             config={"model": "gpt2"}) as writer:
-        ...     writer.append([0], {"pattern": [pattern]}, loss=[3.1])
+        >>> one = Labels(id="a", length=1, query_position=[0], key_position=[0],
+        ...              token=["The"], token_id=[464], segment=["text"])
+        >>> with create("new.zarr", labels=[one], layers=[0], heads=[0], config={}) as writer:
+        ...     writer.append([0], {"pattern": [np.ones((1, 1, 1, 1))]}, loss=[3.1])
+        >>> float(probe.open("new.zarr").pattern.sum())
+        1.0
     """
     path = Path(path)
     arrays = {name: schema.site(name, dtype=dtype) for name in sites}
@@ -122,7 +127,8 @@ def create(
     layout = schema.layout(arrays, sizes=extent)
     story = _story(config, attrs or {}, arrays, layout, loss)
     target = disk.beside(path, "creating")
-    with _claimed(path, overwrite), disk.explained(path), contextlib.ExitStack() as undo:
+    claim = _claimed(path, overwrite)
+    with claim as replace, disk.explained(path), contextlib.ExitStack() as undo:
         undo.callback(shutil.rmtree, target, ignore_errors=True)
         target.mkdir(parents=True)
         release = disk.lock(target, path)  # it goes with the folder when that is renamed
@@ -130,7 +136,7 @@ def create(
         group = zarr.create_group(target, zarr_format=3, attributes=story)
         make_arrays(group, arrays, layout, extent, loss=loss)
         write_labels(group, labels, layers, heads, block=layout.block)
-        disk.move_into_place(target, path, replace=not vacant(path))
+        disk.move_into_place(target, path, replace=replace)
         undo.pop_all()
     disk.sweep(path)
     return Writer(path, release)
@@ -153,8 +159,9 @@ def resume(path: str | Path, *, config: Mapping[str, object]) -> Writer:
             process is writing it.
 
     Example:
-        >>> with resume("run.zarr", config={"model": "gpt2"}) as writer:
-        ...     todo = writer.pending()
+        >>> with resume("run.zarr", config=probe.open("run.zarr").attrs["config"]) as writer:
+        ...     writer.pending()
+        []
     """
     path = Path(path)
     attrs = _attributes(path)
@@ -246,10 +253,10 @@ def _story(
 
 
 @contextlib.contextmanager
-def _claimed(path: Path, overwrite: bool) -> Iterator[None]:
+def _claimed(path: Path, overwrite: bool) -> Iterator[bool]:
     """Hold the store that is to be replaced, if there is one; refuse to replace anything else."""
     if vacant(path):
-        yield
+        yield False
         return
     _own_attributes(path)
     if not overwrite:
@@ -259,7 +266,7 @@ def _claimed(path: Path, overwrite: bool) -> Iterator[None]:
         )
     release = disk.lock(path, path)
     try:
-        yield
+        yield True
     finally:
         release()
 

@@ -103,8 +103,7 @@ class Writer:
             InputError: Something does not fit the store.
             StoreError: The disk is full, or cannot be written. The store stays as it was.
 
-        Example:
-            >>> writer.append([0], {"pattern": [pattern]}, loss=[3.1])  # (layer, head, query, key)
+        Example: see `probe.store.create`.
         """
         if set(arrays) != set(self._data):
             raise InputError(

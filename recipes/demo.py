@@ -46,8 +46,9 @@ def run(name: str = "demo-llama", out: str | Path = "demo", *, progress: bool = 
         StoreError: The folder cannot be written.
 
     Example:
-        >>> found = demo.run(out="demo")
-        >>> heads.rank(found.induction, top=1)
+        >>> found = run(out="demo", progress=False)
+        >>> heads.rank(found.induction, top=1)[0].label
+        'L1H0'
     """
     folder = Path(out)
     demos.path(name)  # an unknown name shows before a folder is made

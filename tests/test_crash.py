@@ -14,7 +14,7 @@ import pytest
 import xarray as xr
 from zarr.storage import LocalStore
 
-from probe import disk, schema, store
+from probe import arrays, disk, schema, store
 from probe.errors import StoreError
 from probe.schema import Labels
 from tests.stores import (
@@ -149,7 +149,8 @@ def test_a_creation_killed_at_any_moment_leaves_a_whole_store_or_none(tmp_path: 
 
 
 def test_a_failed_creation_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk_refuses(monkeypatch, "token/", errno.ENOSPC)
+    # a file that zarr writes alone: its metadata is written beside others, which may come later
+    disk_refuses(monkeypatch, "token/c", errno.ENOSPC)
     with pytest.raises(StoreError, match=r"no room left on the disk for .*run.zarr \(.* free\)\. "):
         create(path, TINY)
     assert list(path.parent.iterdir()) == []
@@ -238,6 +239,21 @@ def test_data_that_no_status_vouches_for_is_never_shown(
         for i in range(5):
             again.fail(i, "too long")
     assert not store.open(path)["pattern"].values.any()
+
+
+def test_a_store_that_appears_while_another_is_made_is_not_replaced(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quicker(*args: Any, **options: Any) -> None:  # another process is done in between
+        monkeypatch.undo()
+        fill(path, TINY)
+        arrays.make_arrays(*args, **options)
+
+    monkeypatch.setattr(store, "make_arrays", quicker)
+    with pytest.raises(StoreError, match=r"^cannot write to .*run.zarr \(Directory not empty\)\."):
+        create(path, FULL)
+    check(store.open(path), TINY)
+    assert [item.name for item in path.parent.iterdir()] == ["run.zarr"]
 
 
 def test_what_dead_processes_left_is_removed(path: Path) -> None:

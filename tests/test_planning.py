@@ -119,13 +119,3 @@ def test_token_ids_outside_the_vocabulary_are_refused(llama: Any) -> None:
 def test_a_text_that_the_tokenizer_cannot_encode_is_named(llama: Any) -> None:
     with pytest.raises(InputError, match=r"tokenizer of demo-llama cannot encode 'a b'"):
         probe.plan(llama, ["a b"])
-
-
-def test_sizes_are_told_in_si_units() -> None:
-    assert [planning.size(n) for n in (0, 999, 1000, 12_345_678, 2.5e12)] == [
-        "0 B",
-        "999 B",
-        "1 kB",
-        "12.3 MB",
-        "2.5 TB",
-    ]
