@@ -242,7 +242,7 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
             for site, array in arrays.items():
                 _fill(part, site, array[:, place], first, heads)
         if proof:
-            prove(call, attention.z)
+            prove(call, attention.z, causal=model.tap.causal)
 
     output = run(model.tap, visit, _inputs(model, items), layers=tuple(sorted(todo.layers)))
     losses = _losses(getattr(output, "logits", None), items)

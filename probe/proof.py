@@ -9,17 +9,19 @@ from probe.attention import AttentionCall
 from probe.errors import WiringError
 
 
-def prove(call: AttentionCall, z: Tensor, *, rows: int = 64) -> None:
+def prove(call: AttentionCall, z: Tensor, *, causal: bool | None = None, rows: int = 64) -> None:
     """Check that what is read of an attention call is what the model computed with.
 
     On up to `rows` rows, spread evenly: patterns sum to 1 (less with sinks), nothing of a causal
-    module's future is attended, and pattern @ value is what the model's own kernel returned.
+    model's future is attended, and pattern @ value is what the model's own kernel returned.
     The tolerance follows from the dtype: scores of size s rounded to unit u move z by about
     u * s times the size of the values.
 
     Args:
         call: What the kernel was given; not in training with dropout.
         z: (batch, query, head, value_dim), what it returned.
+        causal: Whether the model hides the future; default what `call` says, which is nothing
+            under eager attention, where only the mask hides it.
         rows: At most so many query rows are checked.
 
     Raises:
@@ -43,7 +45,7 @@ def prove(call: AttentionCall, z: Tensor, *, rows: int = 64) -> None:
             )
         if bad_sum:
             _fail(call, f"rows sum to {total.min():.6g} .. {total.max():.6g}, not to 1")
-        if call.causal and call.n_queries == call.n_keys:
+        if (call.causal if causal is None else causal) and call.n_queries == call.n_keys:
             future = torch.arange(call.n_keys) > torch.as_tensor(index)[:, None]
             ahead = pattern.masked_select(future.to(pattern.device))
             if ahead.numel() and ahead.max() > 0:

@@ -51,9 +51,10 @@ class Tap:
             self._check_upcast()
             self._switch({m: register(i) for m, i in self._implementations.items()})
             heard = overhear(module)
-            for _, call, z in heard:
-                prove(call, z)
+            for caller, call, z in heard:
+                prove(call, z, causal=bool(getattr(caller, "is_causal", False)))
             attention = numbered(heard)
+            self.n_heads, self.n_kv_heads = _heads([call for _, call, _ in heard])
             self.envoy, self.layers = self._wrap(attention)
         except FloatingPointError as error:
             self.close()
@@ -61,9 +62,7 @@ class Tap:
         except BaseException:
             self.close()
             raise
-        calls = [call for _, call, _ in heard]
-        self.n_heads, self.n_kv_heads = calls[0].n_heads, calls[0].n_kv_heads
-        self.causal = all(_sees_no_future(call) for call in calls)
+        self.causal = not any(bool(call.keep().triu(1).any()) for _, call, _ in heard)
 
     def _wrap(self, attention: dict[int, nn.Module]) -> tuple[Envoy, dict[int, AttentionEnvoy]]:
         classes = {type(m): AttentionEnvoy for m in attention.values()}
@@ -108,8 +107,15 @@ class Tap:
             model.set_attn_implementation(implementation)
 
 
-def _sees_no_future(call: AttentionCall) -> bool:
-    return not bool(call.keep().triu(1).any())
+def _heads(calls: list[AttentionCall]) -> tuple[int, int]:
+    """Query and key heads of a layer, the same in all."""
+    shapes = {(call.n_heads, call.n_kv_heads) for call in calls}
+    if len(shapes) > 1:
+        raise UnsupportedModelError(
+            "the layers of this model differ in their (query, key) heads: "
+            f"{', '.join(map(str, sorted(shapes)))}. A store holds layers of one shape."
+        )
+    return shapes.pop()
 
 
 def run(

@@ -207,10 +207,10 @@ class Writer:
         cell: Any = (index - shard.start, *(slice(n) for n in expected))
         with np.errstate(over="ignore"):
             block[cell] = values
-        if name == "scores" and values.dtype != block.dtype and np.isposinf(block[cell]).any():
+        if name == "scores" and np.isposinf(block[cell]).any():
             raise InputError(
-                f"scores of problem {self._ids[index]!r} reach {values.max():.3g}, past what "
-                f"{block.dtype} holds ({np.finfo(block.dtype).max:.0f}). Use dtype='float32'."
+                f"scores of problem {self._ids[index]!r} pass what {block.dtype} holds "
+                f"({np.finfo(block.dtype).max:.0f}). Use dtype='float32'."
             )
 
     def _block_of(self, shard: _Shard, name: str, expected: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -166,7 +166,7 @@ def test_results_that_do_not_fit_are_refused(path: Path) -> None:
             (
                 1,
                 {"scores": [good + np.float32(70000)]},
-                "scores of problem 'gsm8k/1' reach 7e+04, past what float16 holds (65504). "
+                "scores of problem 'gsm8k/1' pass what float16 holds (65504). "
                 "Use dtype='float32'.",
             ),
         ):
@@ -203,7 +203,7 @@ def test_a_problem_refused_half_way_can_still_fail(path: Path) -> None:
     bad = result("scores", TINY[0], 0)
     bad[0] += 70000
     with create(path, TINY, sites=("scores",)) as writer:
-        with pytest.raises(InputError, match="past what float16 holds"):
+        with pytest.raises(InputError, match="pass what float16 holds"):
             writer.append([0], {"scores": [bad]})
         writer.fail(0, "scores overflow")
         put(writer, TINY, range(1, 5), "scores")
