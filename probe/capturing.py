@@ -115,6 +115,8 @@ def capture(
                 else:
                     arrays = {site: [array] for site, array in outcome.arrays.items()}
                     writer.append([index], arrays, loss=[outcome.loss])
+                    del arrays
+                del outcome  # or it would stay in memory while the next batch is read
                 bar.update()
     return stores.open(store)
 
@@ -202,6 +204,7 @@ def _outcomes(
         else:
             proven = True
             yield from zip(batch, readings, strict=True)
+            del readings
 
 
 def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list[Reading]:

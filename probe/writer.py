@@ -196,18 +196,20 @@ class Writer:
             shard.data.clear()
 
     def _place(self, shard: _Shard, index: int, name: str, values: npt.NDArray[Any]) -> None:
-        """Copy one problem's array into its shard, in the stored dtype."""
+        """Take one problem's array into its shard, in the stored dtype; it must not change after."""
         expected = self._shape(name, index)
         if values.shape != expected:
             raise InputError(
                 f"{name} of problem {self._ids[index]!r} has shape {values.shape}. "
                 f"Give ({', '.join(dims(self._arrays[name])[1:])}) = {expected}."
             )
-        block = self._block_of(shard, name, expected)
-        cell: Any = (index - shard.start, *(slice(n) for n in expected))
-        with np.errstate(over="ignore"):
-            block[cell] = values
-        if name == "scores" and np.isposinf(block[cell]).any():
+        if self._step == 1 and values.dtype == self._arrays[name].dtype:
+            shard.data[name] = block = values[None]  # alone in its shard: no copy
+        else:
+            block = self._block_of(shard, name, expected)
+            with np.errstate(over="ignore"):
+                block[(index - shard.start, *(slice(n) for n in expected))] = values
+        if name == "scores" and np.isposinf(block[index - shard.start]).any():
             raise InputError(
                 f"scores of problem {self._ids[index]!r} pass what {block.dtype} holds "
                 f"({np.finfo(block.dtype).max:.0f}). Use dtype='float32'."

@@ -166,8 +166,7 @@ def test_results_that_do_not_fit_are_refused(path: Path) -> None:
             (
                 1,
                 {"scores": [good + np.float32(70000)]},
-                "scores of problem 'gsm8k/1' pass what float16 holds (65504). "
-                "Use dtype='float32'.",
+                "scores of problem 'gsm8k/1' pass what float16 holds (65504). Use dtype='float32'.",
             ),
         ):
             with pytest.raises(InputError, match=says(message)):

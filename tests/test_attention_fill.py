@@ -1,0 +1,167 @@
+"""What is selected of a call, written in tiles, and at what cost."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from probe import attention
+from probe.attention import AttentionCall, Index
+from tests.naive import SITES, Case, Site, call_of, cases, close, naive, pick, read
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases(), st.sampled_from([(1, 1), (2, 64), (3, 256), (64, 1 << 20)]), st.booleans())
+def test_fill_writes_what_scores_and_pattern_return_whatever_the_tiles(
+    case: Case, tiles: tuple[int, int], half: bool
+) -> None:
+    dtype = torch.float16 if half else torch.float32
+    where = {"heads": case.heads, "queries": case.queries, "keys": case.keys}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_TILES", {"cpu": tiles})
+        for site, whole in zip(SITES, reversed(naive(case.call)), strict=True):
+            wanted = pick(whole, **where)
+            out = torch.full(wanted.shape, math.nan, dtype=dtype)
+            assert case.call.fill(out, site, **where) is out
+            close(out, wanted.to(dtype), 2e-3 if half else 1e-5)
+
+
+def test_the_keys_asked_for_never_change_the_softmax() -> None:
+    call = call_of(4, 4)
+    assert torch.equal(call.pattern(keys=[3, 1]), call.pattern()[..., [3, 1]])
+
+
+def test_columns_may_be_taken_in_steps() -> None:
+    call = call_of(8, 8)
+    close(call.scores(keys=slice(0, None, 2)), call.scores()[..., ::2])
+    close(call.scores(queries=[5], keys=slice(0, None, 2)), call.scores()[:, :, 5:6, ::2])
+    close(call.scores(queries=[2], keys=slice(1, 8, 3)), call.scores()[:, :, 2:3, 1:8:3])
+
+
+def test_late_rows_may_be_asked_for_early_columns() -> None:
+    call = call_of(8, 8)
+    close(call.scores(queries=[5], keys=slice(0, 3)), call.scores()[:, :, 5:6, :3])
+    close(call.scores(queries=slice(6, None), keys=slice(1, 3)), call.scores()[:, :, 6:, 1:3])
+
+
+@pytest.mark.parametrize("nothing", [[], slice(3, 3), slice(5, 2)])
+@pytest.mark.parametrize("site", SITES)
+def test_nothing_selected_gives_an_empty_tensor(nothing: Index, site: Site) -> None:
+    for call in (call_of(6, 6), call_of(6, 6, window=3), call_of(6, 6, torch.ones(2, 6))):
+        assert read(call, site, queries=nothing).shape == (2, 4, 0, 6)
+        assert read(call, site, keys=nothing).shape == (2, 4, 6, 0)
+        assert read(call, site, heads=nothing).shape == (2, 0, 6, 6)
+        assert call.fill(torch.empty(2, 4, 0, 6), site, queries=nothing).shape == (2, 4, 0, 6)
+        assert call.fill(torch.empty(2, 4, 6, 0), site, keys=nothing).shape == (2, 4, 6, 0)
+        assert call.fill(torch.empty(2, 0, 6, 6), site, heads=nothing).shape == (2, 0, 6, 6)
+
+
+def test_one_token_attends_to_itself() -> None:
+    call = call_of(1, 1)
+    assert torch.equal(call.pattern(), torch.ones(2, 4, 1, 1))
+    assert torch.equal(call.fill(torch.empty(2, 4, 1, 1)), torch.ones(2, 4, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("site", SITES)
+def test_fill_spans_many_tiles_in_every_dtype(
+    dtype: torch.dtype, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_TILES", {"cpu": (16, 4096)})
+    ragged = torch.ones(2, 70, dtype=torch.bool)
+    ragged[0, :9] = False
+    ragged[1, 50:] = False
+    for options in ({}, {"window": 12}, {"mask": ragged}, {"mask": ragged, "window": 12}):
+        call = call_of(70, 70, **cast(dict[str, Any], options))
+        out = torch.full((2, 4, 70, 70), math.nan, dtype=dtype)
+        call.fill(out, site)
+        tolerance = max(1e-6, torch.finfo(dtype).eps)
+        close(out, read(call, site).to(dtype), tolerance)
+        some = torch.full((2, 2, 3, 9), math.nan, dtype=dtype)
+        where = {"heads": [3, 1], "queries": [69, 0, 33], "keys": list(range(60, 69))}
+        call.fill(some, site, **where)
+        close(some, read(call, site, **where).to(dtype), tolerance)
+
+
+def test_fill_writes_into_a_view_and_touches_nothing_else() -> None:
+    call = call_of(6, 6)
+    store = torch.full((2, 8, 9, 9), 7.0)
+    call.fill(store[:, 2:6, 1:7, 2:8])
+    close(store[:, 2:6, 1:7, 2:8].clone(), call.pattern())
+    store[:, 2:6, 1:7, 2:8] = 7
+    assert bool((store == 7).all())
+
+
+# ------------------------------------------------------------------------------- how it computes
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches every operation: the largest tensor made, and the elements of all products."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = self.multiplied = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and "view" not in str(func) and "expand" not in str(func):
+            if not any(
+                made is a
+                or (
+                    isinstance(a, Tensor)
+                    and a.untyped_storage().data_ptr() == made.untyped_storage().data_ptr()
+                )
+                for a in args
+            ):
+                self.largest = max(self.largest, made.numel())
+            if "mm" in str(func):
+                self.multiplied += made.numel()
+        return made
+
+
+def test_no_key_is_ever_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("a key was repeated")
+
+    for name in ("repeat_interleave", "repeat"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    monkeypatch.setattr(torch, "repeat_interleave", refuse)
+    call = AttentionCall(
+        torch.randn(1, 8, 2, 64), torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, 64),
+        torch.ones(1, 300, dtype=torch.bool),
+    )  # fmt: skip
+    with Largest() as made:
+        call.mix(call.pattern())
+        call.fill(torch.empty(1, 8, 2, 300))
+        call.fill(torch.empty(1, 1, 2, 300), heads=[5])
+    assert made.largest < call.key.numel()
+
+
+def test_fill_skips_the_upper_triangle_and_works_in_small_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "_TILES", {"cpu": (16, 16 * 256 * 4 * 2)})
+    call = call_of(256, 256)
+    out = torch.empty(2, 4, 256, 256, dtype=torch.float16)
+    with Largest() as made:
+        call.fill(out)
+    assert made.multiplied < 0.56 * out.numel()
+    assert made.largest <= 16 * 256 * 2
+    with Largest() as windowed:
+        call_of(256, 256, window=16).fill(out)
+    assert windowed.multiplied < 0.13 * out.numel()
+
+
+def test_only_the_rows_asked_for_are_computed() -> None:
+    call = call_of(256, 256)
+    with Largest() as made:
+        call.pattern(queries=[255], heads=[2])
+    assert made.multiplied == 2 * 256
