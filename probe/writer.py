@@ -196,7 +196,7 @@ class Writer:
             shard.data.clear()
 
     def _place(self, shard: _Shard, index: int, name: str, values: npt.NDArray[Any]) -> None:
-        """Take one problem's array into its shard, in the stored dtype; it must not change after."""
+        """Take one problem's array into its shard, in the stored dtype; it is not copied if alone."""
         expected = self._shape(name, index)
         if values.shape != expected:
             raise InputError(

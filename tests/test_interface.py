@@ -172,3 +172,15 @@ def test_a_module_or_a_kernel_that_is_not_causal_sees_everything() -> None:
         interface._call("sdpa", module, q, q, q, None, {"is_causal": True}).keep().all()
     )
     assert bool(interface._call("eager", nn.Linear(1, 1), q, q, q, None, {}).keep().all())
+
+
+def test_layers_of_unequal_heads_are_refused_and_left_alone(tiny: Tiny) -> None:
+    model = tiny("gpt2")
+    last = cast(Any, model).transformer.h[-1].attn
+    last.num_heads, last.head_dim = last.num_heads // 2, last.head_dim * 2  # the same widths
+    before = photograph(model)
+    with pytest.raises(
+        UnsupportedModelError, match=r"differ in their \(query, key\) heads: \(2, 2\), \(4, 4\)"
+    ):
+        Tap(model)
+    unchanged(model, before)

@@ -236,3 +236,12 @@ def test_the_proof_leaves_no_gradient_behind_and_changes_nothing() -> None:
     prove(replace(call, query=query), z)
     assert torch.equal(query, call.query)
     assert query.grad is None
+
+
+def test_under_eager_attention_the_mask_alone_must_hide_the_future() -> None:
+    leak = window(N).clone()
+    leak[..., 3, 5] = True  # row 3 sees key 5, in the mask and in what the kernel returned
+    call = replace(call_of(torch.float32), mask=leak, causal=False)
+    prove(call, eager(call))  # nothing says that this model is causal
+    with pytest.raises(WiringError, match="layer 7: a causal row attends to its future"):
+        prove(call, eager(call), causal=True)
