@@ -208,7 +208,7 @@ class Writer:
         else:
             block = self._block_of(shard, name, expected)
             with np.errstate(over="ignore"):
-                block[(index - shard.start, *(slice(n) for n in expected))] = values
+                block[index - shard.start][tuple(slice(n) for n in expected)] = values
         if name == "scores" and np.isposinf(block[index - shard.start]).any():
             raise InputError(
                 f"scores of problem {self._ids[index]!r} pass what {block.dtype} holds "
