@@ -207,8 +207,9 @@ class Writer:
             shard.data[name] = block = values[None]  # alone in its shard: no copy
         else:
             block = self._block_of(shard, name, expected)
+            cell: Any = (index - shard.start, *(slice(n) for n in expected))
             with np.errstate(over="ignore"):
-                block[index - shard.start][tuple(slice(n) for n in expected)] = values
+                block[cell] = values
         if name == "scores" and np.isposinf(block[index - shard.start]).any():
             raise InputError(
                 f"scores of problem {self._ids[index]!r} pass what {block.dtype} holds "
