@@ -1,14 +1,15 @@
 """What reading attention costs: `python -m benchmarks.overhead`.
 
-Every contender runs on the same weights and token ids. Times are thread CPU times, measured in
-one process, interleaved (one run of each contender per round), after three warm-up rounds; ratios
-are of medians. Peak memory above the model is measured with a fresh process for each contender.
+Every contender has a process of its own, with a model of the same weights and the same token ids.
+Times are thread CPU times, in pairs with a plain forward of a second model, after two warm-up
+pairs; ratios are of medians. Peak memory above the model is that of one run in a fresh process.
 Before anything is timed, what a contender reads is compared with an eager copy of the model.
 """
 
 import argparse
 import gc
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -156,20 +157,25 @@ def parity(setting: Setting) -> float:
     return worst
 
 
-def times(setting: Setting, repeats: int, warmups: int = 3) -> dict[str, list[float]]:
-    """Thread CPU seconds of every contender, interleaved."""
-    runs = {name: make(setting) for name, make in CONTENDERS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(warmups + repeats):
-        for name, run in runs.items():
-            gc.collect()
-            start = time.thread_time()
-            result = run()
-            elapsed = time.thread_time() - start
-            del result
-            if round_ >= warmups:
-                seconds[name].append(elapsed)
-    return seconds
+def times(name: str, setting: Setting, repeats: int, warmups: int = 2) -> list[list[float]]:
+    """Pairs of thread CPU seconds, of a plain forward and of a contender, one after the other.
+
+    Both run in this process, in alternating order: processes differ by 10 % among themselves.
+    """
+    torch.set_num_threads(setting.threads)
+    pairs = []
+    with torch.no_grad():
+        runs = [sdpa(setting), CONTENDERS[name](setting)]
+        for round_ in range(warmups + repeats):
+            pair = [0.0, 0.0]
+            for which in (0, 1) if round_ % 2 else (1, 0):
+                gc.collect()
+                start = time.thread_time()
+                result = runs[which]()
+                pair[which] = time.thread_time() - start
+                del result
+            pairs.append(pair)
+    return pairs[warmups:]
 
 
 def peak(name: str, setting: Setting) -> float:
@@ -207,7 +213,10 @@ def main() -> None:
             print(peak(arguments.peak, setting))
             return
         wrong = parity(setting)
-        seconds = times(setting, arguments.repeats)
+    seconds = {}
+    for name in CONTENDERS:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            seconds[name] = pool.apply(times, (name, setting, arguments.repeats))
     memory = {name: _peak_elsewhere(name, setting) for name in CONTENDERS}
     _report(setting, seconds, memory, wrong)
     if arguments.json:
@@ -222,31 +231,33 @@ def _peak_elsewhere(name: str, setting: Setting) -> float:
 
 
 def _report(
-    setting: Setting, seconds: dict[str, list[float]], memory: dict[str, float], wrong: float
+    setting: Setting, pairs: dict[str, list[list[float]]], memory: dict[str, float], wrong: float
 ) -> None:
-    base = statistics.median(seconds["sdpa forward"])
     all_of_it = memory["output_attentions=True"]
     load = Path("/proc/loadavg").read_text().split()[0]
     table = Table(
         "contender",
         "median s",
-        "spread",
-        "x sdpa",
+        "plain s",
+        "x plain",
+        "of pairs",
         "peak MB",
         "x output_attentions",
         title=f"{setting}\nlargest difference from eager {wrong:.1e}, load {load}",
     )
-    for name, values in seconds.items():
-        low, middle, high = statistics.quantiles(values, n=4)
+    for name, runs in pairs.items():
+        plain, own = (statistics.median(run) for run in zip(*runs, strict=True))
+        low, _, high = statistics.quantiles([b / a for a, b in runs], n=4)
         table.add_row(
             name,
-            f"{middle:.3f}",
-            f"{low:.3f} - {high:.3f}",
-            f"{middle / base:.3f}",
+            f"{own:.3f}",
+            f"{plain:.3f}",
+            f"{own / plain:.3f}",
+            f"{low:.2f} - {high:.2f}",
             f"{memory[name] / 1e6:.0f}",
             f"{memory[name] / all_of_it:.2f}",
         )
-    Console(width=110).print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,9 @@ class AttentionCall:
                 return self._nothing(queries, keys)
             each = (self.head(h).scores(queries=queries, keys=keys) for h in self._heads(heads))
             return torch.cat(list(each), dim=1)
+        if torch.is_autocast_enabled(self.query.device.type):
+            with torch.autocast(self.query.device.type, enabled=False):
+                return self.scores(queries=queries, keys=keys)
         q = _wide(_take(self.query, queries, 2))
         k = _wide(_take(self.key, keys, 2))
         q = q * (self.scaling if self.scaling is not None else q.shape[-1] ** -0.5)

@@ -61,7 +61,8 @@ def load(
     if isinstance(source, nn.Module):
         return Model(source, tokenizer)
     name = str(source)
-    place = demos.path(name) if name in demos.NAMES else source
+    shipped = name.startswith("demo-") and not Path(name).exists()
+    place = demos.path(name) if shipped else source
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         module = AutoModelForCausalLM.from_pretrained(
@@ -77,8 +78,6 @@ def load(
                 f"{name!r} has no tokenizer that can be loaded ({_first_line(error)}). "
                 "Give one with tokenizer=, or load the model yourself and give probe.load that."
             ) from error
-    if place == source and Path(source).is_dir():
-        name = Path(source).resolve().name  # a store's record names the model, not a machine
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Model(nn.Module.to(module, target), tokenizer, name=name)
 
@@ -97,7 +96,9 @@ class Model:
         self.module = module
         self.tokenizer = tokenizer
         self.base = _base(module)
-        self.name = name or self.base.config._name_or_path or type(module).__name__
+        name = name or self.base.config._name_or_path or type(module).__name__
+        # A store's record names a model in a local folder by the folder, not by the machine's path.
+        self.name = Path(name).resolve().name if Path(name).is_dir() else name
         self.tap = Tap(module)
 
     @property
@@ -147,7 +148,8 @@ class Model:
         Returns:
             What the transformers model returns.
         """
-        return self.module(**self.batch(inputs), **kwargs)
+        with self.tap.lock:
+            return self.module(**self.batch(inputs), **kwargs)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds."""

@@ -115,6 +115,11 @@ def _items(source: object) -> tuple[str, Iterator[tuple[str, str, object]]]:
     if isinstance(source, str) and source.startswith("hf:"):
         rows = _dataset(source)
         return source, ((f"{source} row {i}", str(i), row) for i, row in enumerate(rows))
+    if isinstance(source, str) and "\n" not in source and _is_path(source):
+        raise InputError(
+            f"{source} is a file or folder, but neither .txt nor .jsonl. Convert it, or put the "
+            "words in a list to use them as a text."
+        )
     if isinstance(source, str):
         return "text", iter([("the text", "0", source)])
     if isinstance(source, list | tuple):
@@ -123,6 +128,13 @@ def _items(source: object) -> tuple[str, Iterator[tuple[str, str, object]]]:
         f"problems cannot be read from type {type(source).__name__}. Give a text, a list, "
         "the path of a .txt or .jsonl file, or 'hf:NAME:SPLIT'."
     )
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return bool(text.strip()) and Path(text).exists()
+    except (OSError, ValueError):  # too long for a name, or not one
+        return False
 
 
 def _file(path: Path) -> tuple[str, Iterator[tuple[str, str, object]]]:

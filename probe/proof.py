@@ -14,8 +14,9 @@ def prove(call: AttentionCall, z: Tensor, *, causal: bool | None = None, rows: i
 
     On up to `rows` rows, spread evenly: patterns sum to 1 (less with sinks), nothing of a causal
     model's future is attended, and pattern @ value is what the model's own kernel returned.
-    The tolerance follows from the dtype: scores of size s rounded to unit u move z by about
-    u * s times the size of the values.
+    The tolerance follows from the dtype: a kernel stores a score of size s to within unit * s, and
+    sums it in float32 to within that unit * |query| |key|, which is more where terms cancel; either
+    moves z by as much times the size of the values.
 
     Args:
         call: What the kernel was given; not in training with dropout.
@@ -50,22 +51,26 @@ def prove(call: AttentionCall, z: Tensor, *, causal: bool | None = None, rows: i
             ahead = pattern.masked_select(future.to(pattern.device))
             if ahead.numel() and ahead.max() > 0:
                 _fail(call, f"a causal row attends to its future with {ahead.max():.6g}")
-        v = (
-            call.value.float()
-            .norm(dim=-1)
-            .amax(-1)
-            .repeat_interleave(call.n_heads // call.n_kv_heads, dim=1)
-        )
+        v = _largest(call.value, call.n_heads)
         error = (call.mix(pattern).float() - z[:, index].float()).norm(dim=-1).transpose(1, 2)
         unit = torch.finfo(z.dtype).eps / 2
+        scaling = abs(call.scaling if call.scaling is not None else call.query.shape[-1] ** -0.5)
+        terms = call.query[:, :, index].float().norm(dim=-1) * _largest(call.key, call.n_heads)
         size = scores.masked_fill(scores == -torch.inf, 0.0).abs().amax(-1)
-        excess = (error / (v[..., None] * unit * (8 + 4 * size)).clamp_min(1e-30))[attends]
+        moved = unit * (8 + 4 * size) + torch.finfo(torch.float32).eps / 2 * 4 * scaling * terms
+        excess = (error / (v * moved).clamp_min(1e-30))[attends]
         if excess.numel() and not bool(excess.max() <= 1):
             _fail(
                 call,
                 f"pattern @ value differs from the kernel's output by {error[attends].max():.3g}, "
                 f"{excess.max():.3g} times what {z.dtype} explains",
             )
+
+
+def _largest(vectors: Tensor, n_heads: int) -> Tensor:
+    """The longest key or value of each query head: (batch, head, 1) float32."""
+    longest: Tensor = vectors.float().norm(dim=-1).amax(-1, keepdim=True)
+    return longest.repeat_interleave(n_heads // vectors.shape[1], dim=1)
 
 
 def _fail(call: AttentionCall, what: str) -> None:

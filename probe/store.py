@@ -23,7 +23,7 @@ from probe.errors import InputError, StoreError
 from probe.schema import EMPTY, Labels
 from probe.writer import Writer
 
-__all__ = ["Writer", "create", "open", "resume", "vacant"]
+__all__ = ["Writer", "create", "open", "own_attributes", "resume", "vacant"]
 
 
 def open(path: str | Path) -> xr.Dataset:
@@ -46,7 +46,7 @@ def open(path: str | Path) -> xr.Dataset:
         >>> ds.pattern.sel(problem="0", layer=1, head=3).shape
         (10, 10)
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     attrs = _attributes(path)
     _require_arrays(path, attrs)
     ds: xr.Dataset = xr.open_zarr(path, consolidated=False, chunks=None)
@@ -65,7 +65,7 @@ def vacant(path: str | Path) -> bool:
         >>> vacant("run.zarr"), vacant("nowhere.zarr")
         (False, True)
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
@@ -119,7 +119,7 @@ def create(
         >>> float(probe.open("new.zarr").pattern.sum())
         1.0
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     arrays = {name: schema.site(name, dtype=dtype) for name in sites}
     for name, dims in (reduced or {}).items():
         arrays[name] = schema.Array(tuple(dims), "float32", np.nan)
@@ -163,7 +163,7 @@ def resume(path: str | Path, *, config: Mapping[str, object]) -> Writer:
         ...     writer.pending()
         []
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     attrs = _attributes(path)
     different = _differences(attrs.get("config"), _plain(config, "config"))
     if different:
@@ -180,7 +180,7 @@ def resume(path: str | Path, *, config: Mapping[str, object]) -> Writer:
 
 def _attributes(path: Path) -> dict[str, Any]:
     """The attributes of a store that this version can read."""
-    attrs = _own_attributes(path)
+    attrs = own_attributes(path)
     found = attrs["schema"]
     if found != schema.SCHEMA:
         raise StoreError(
@@ -190,7 +190,7 @@ def _attributes(path: Path) -> dict[str, Any]:
     return attrs
 
 
-def _own_attributes(path: Path) -> dict[str, Any]:
+def own_attributes(path: Path) -> dict[str, Any]:
     """The attributes of a store of any schema; an error for whatever is not ours."""
     if not path.exists():
         raise StoreError(
@@ -258,7 +258,7 @@ def _claimed(path: Path, overwrite: bool) -> Iterator[bool]:
     if vacant(path):
         yield False
         return
-    _own_attributes(path)
+    own_attributes(path)
     if not overwrite:
         raise StoreError(
             f"{path} already holds a store. "

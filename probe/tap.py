@@ -1,15 +1,17 @@
 """The tap: a model switched to overheard kernels, its attention published to nnsight's traces."""
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.interleaver import OutOfOrderError
 from torch import nn
 from transformers import PreTrainedModel
 
 from probe.attention import AttentionCall
 from probe.envoys import AttentionEnvoy, LazyEnvoy, Publisher, RootEnvoy
-from probe.errors import UnsupportedModelError
+from probe.errors import InputError, UnsupportedModelError, WiringError
 from probe.interface import LISTENER, implementations, numbered, overhear, register
 from probe.proof import prove
 
@@ -31,6 +33,7 @@ class Tap:
         causal: Whether no layer sees the future.
         n_heads: Query heads per layer.
         n_kv_heads: Key heads per layer.
+        lock: Held during a traced forward: one at a time, whatever the thread.
 
     Raises:
         UnsupportedModelError: The attention cannot be reached.
@@ -39,6 +42,7 @@ class Tap:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.lock = threading.RLock()
         self._open = True
         self._own_forward = {
             m: m.__dict__.get("forward")
@@ -49,7 +53,8 @@ class Tap:
         self.implementation = next(iter(self._implementations.values()))
         try:
             self._check_upcast()
-            self._switch({m: register(i) for m, i in self._implementations.items()})
+            self._names = {m: register(i) for m, i in self._implementations.items()}
+            self._switch(self._names)
             heard = overhear(module)
             for caller, call, z in heard:
                 prove(call, z, causal=bool(getattr(caller, "is_causal", False)))
@@ -89,6 +94,24 @@ class Tap:
                 raise UnsupportedModelError(
                     f"{type(module).__name__} has attention code of its own: it does not use "
                     "transformers' AttentionInterface, so its attention cannot be tapped."
+                )
+
+    def check(self) -> None:
+        """Refuse a model that is not tapped any more.
+
+        Raises:
+            InputError: It was closed, or its attention implementation was changed.
+        """
+        if not self._open:
+            raise InputError(
+                "this model was closed, so its attention cannot be read. Load it again."
+            )
+        for module, name in self._names.items():
+            if module.config._attn_implementation != name:
+                raise InputError(
+                    f"the attention implementation of this {type(module).__name__} was changed to "
+                    f"{module.config._attn_implementation!r} after it was loaded, so its attention "
+                    "cannot be read. Close the model, and load it again."
                 )
 
     def close(self) -> None:
@@ -132,6 +155,9 @@ def run(
 
     Returns:
         What the model returns.
+
+    Raises:
+        WiringError: A layer did not call its attention, or was read out of order.
     """
     box: dict[str, Any] = {}
 
@@ -139,8 +165,15 @@ def run(
         box["output"] = tap.module(**kwargs)
         return box["output"]
 
-    envoys = [(layer, tap.layers[layer]) for layer in layers]
-    with tap.envoy.trace(fn=forward, **inputs):
-        for layer, envoy in envoys:
-            visit(layer, envoy)
+    todo = list(layers)
+    with tap.lock:
+        try:
+            with tap.envoy.trace(fn=forward, **inputs):
+                for layer in layers:
+                    visit(layer, tap.layers[layer])
+                    todo.remove(layer)
+        except OutOfOrderError as error:
+            raise WiringError(f"layer {todo[0]} could not be read: {error}.") from error
+    if todo:  # nnsight only warns when the body of a trace dies
+        raise WiringError(f"the trace ended before layers {todo} were read.")
     return box["output"]

@@ -196,7 +196,7 @@ class Writer:
             shard.data.clear()
 
     def _place(self, shard: _Shard, index: int, name: str, values: npt.NDArray[Any]) -> None:
-        """Take one problem's array into its shard, in the stored dtype; it is not copied if alone."""
+        """Take one problem's array into its shard, in the stored dtype."""
         expected = self._shape(name, index)
         if values.shape != expected:
             raise InputError(
@@ -239,6 +239,11 @@ class Writer:
         """Commit a shard: data, labels, loss and errors, and status last."""
         done = int((self._state["status"] == DONE).sum())
         intact = f"; the problems already done ({done} of {len(self._ids)}) are intact"
+        if not (self._path / "zarr.json").is_file():
+            raise StoreError(
+                f"{self._path} was deleted or moved while it was being written. "
+                "Put it back, or run the same call again to begin anew."
+            )
         with disk.explained(self._path, need=self._raw_bytes, intact=intact):
             # this order is the promise: whoever sees a status sees all that it vouches for
             for name, block in shard.data.items():

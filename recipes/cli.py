@@ -40,7 +40,7 @@ def main() -> None:
     sys.argv = [a for a in sys.argv if a != "--debug"]
     try:
         app()
-    except ProbeError as error:
+    except (ProbeError, ImportError) as error:
         if debug:
             raise
         message = f"{type(error).__name__}: {error}"
@@ -146,14 +146,14 @@ def info(
 ) -> None:
     """Say what a store holds, how it was made, and how full it is."""
     ds = probe.open(store)
-    files = [file for file in store.rglob("*") if file.is_file()]
+    sizes = [size for size in map(_size, store.expanduser().rglob("*")) if size is not None]
     story = {k: v for k, v in ds.attrs.items() if k not in ("config", "coordinates", "layout")}
     facts = {
         "done": _progress(ds),
         "dims": {str(k): v for k, v in ds.sizes.items()},
         "tokens": int(ds.length.sum()),
-        "bytes": sum(file.stat().st_size for file in files),
-        "files": len(files),
+        "bytes": sum(sizes),
+        "files": len(sizes),
         **story,
     }
     if "loss" in ds:
@@ -169,7 +169,7 @@ def info(
 def rank(
     metric: Metric,
     store: Store,
-    top: Annotated[int, typer.Option(help="How many heads.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="How many heads.")] = 10,
     ascending: Annotated[bool, typer.Option(help="Lowest first.")] = False,
 ) -> None:
     """Rank heads by a metric, averaged over the problems of a store."""
@@ -177,6 +177,10 @@ def rank(
 
     scores = _scores(metric, probe.open(store))
     rows = heads.rank(scores, top=top, descending=not ascending)
+    if not rows:
+        raise InputError(
+            f"{metric} gives no head a number: the store has no done problem that it can measure."
+        )
     _table(("head", metric), [(row.label, f"{row.score:.4f}") for row in rows])
 
 
@@ -193,7 +197,7 @@ def plot(
     from recipes import plots
 
     ds = probe.open(store)
-    if layer is None and head is None:
+    if layer is None and head is None and problem is None:
         scores = _scores(metric, ds)
         by_head = scores.mean([d for d in scores.dims if d not in ("layer", "head")])
         figure = plots.head_map(by_head, title=f"{metric}, {ds.attrs['model']}").get_figure(
@@ -202,7 +206,11 @@ def plot(
     else:
         figure = _draw_patterns(ds, problem, layer, head)
     assert figure is not None
-    figure.savefig(out, dpi=160)
+    out = out if out.suffix else out.with_suffix(".png")
+    try:
+        figure.savefig(out, dpi=160)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out} cannot be written: {error}.") from error
     typer.echo(out)
 
 
@@ -221,22 +229,35 @@ def selector(text: str | None) -> Any:
         if ":" in text:
             return slice(*(int(part) if part else None for part in text.split(":")))
         return int(text)
-    except ValueError:
+    except (ValueError, TypeError):
         return text
 
 
 def _scores(metric: str, ds: "xr.Dataset") -> "xr.DataArray":
     """A metric of a store's patterns, (problem, layer, head)."""
-    if "pattern" not in ds:
-        raise InputError(
-            f"the store holds {', '.join(map(str, ds.data_vars))}, and no pattern to measure."
-        )
+    _require_patterns(ds)
     function = _metric(metric)
     try:
-        scores: xr.DataArray = function(ds.pattern)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{metric}: {error}") from error
-    return scores
+        scores = function(ds.pattern)
+    except Exception as error:  # anybody's function
+        raise InputError(f"{metric} failed with {type(error).__name__}: {error}.") from error
+    dims = tuple(getattr(scores, "dims", ()))
+    if {"layer", "head"} - set(dims) or set(dims) - {"problem", "layer", "head"}:
+        raise InputError(
+            f"{metric} returns {dims or type(scores).__name__}. A metric of heads returns a "
+            "DataArray with dims layer and head, and perhaps problem."
+        )
+    return scores  # type: ignore[no-any-return]
+
+
+def _require_patterns(ds: "xr.Dataset") -> None:
+    if "pattern" not in ds:
+        raise InputError(
+            f"this needs patterns, and the store holds {', '.join(map(str, ds.data_vars))}. "
+            "Capture it with sites=('pattern',)."
+        )
+    if not ds.sizes["problem"]:
+        raise InputError("the store has no finished problem yet. Wait, or resume its capture.")
 
 
 def _metric(name: str) -> Callable[..., Any]:
@@ -261,7 +282,8 @@ def _draw_patterns(
     from recipes import plots
 
     if layer is None:
-        raise InputError(f"head {head} of which layer? Add --layer.")
+        raise InputError("patterns of which layer? Add --layer.")
+    _require_patterns(ds)
     names = [str(name) for name in ds.problem.values]
     chosen = names[0] if problem is None else problem
     for what, value, known in (
@@ -284,6 +306,14 @@ def _progress(ds: "xr.Dataset") -> str:
     done, known = int((ds.status == 1).sum()), ds.attrs.get("problems", {})
     failed = ds.sizes["problem"] - done
     return f"{done} problems done, {failed} failed" + (f" of {known['n']}" if "n" in known else "")
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a file; None for a folder, and for what a running capture has just renamed."""
+    try:
+        return file.stat().st_size if file.is_file() else None
+    except FileNotFoundError:
+        return None
 
 
 def _plain(value: Any) -> str:

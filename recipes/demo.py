@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 import probe
 from probe import demos
+from probe.errors import StoreError
 from recipes import heads, plots
 
 THRESHOLD = 0.5  # a head is named after what takes more than half of its attention
@@ -52,7 +53,10 @@ def run(name: str = "demo-llama", out: str | Path = "demo", *, progress: bool = 
     """
     folder = Path(out)
     demos.path(name)  # an unknown name shows before a folder is made
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be made ({error.strerror}). Use another.") from error
     store, figure = folder / f"{name}.zarr", folder / f"{name}.png"
     with probe.load(name) as model:
         ds = probe.capture(model, demos.repeated(), store, progress=progress)

@@ -236,8 +236,13 @@ def test_what_cannot_be_proven_is_not_stored(
         monkeypatch.setattr(interface, "_call", wrong)
         with pytest.raises(WiringError, match=r"layer 0: pattern @ value differs"):
             probe.capture(model, RAGGED, tmp_path / "s", progress=False)
+        assert not (tmp_path / "s").exists()
         monkeypatch.setattr(interface, "_call", right)
-        assert probe.open(tmp_path / "s").sizes["problem"] == 0
+        before = probe.capture(model, RAGGED, tmp_path / "s", progress=False).load()
+        monkeypatch.setattr(interface, "_call", wrong)
+        with pytest.raises(WiringError):
+            probe.capture(model, RAGGED, tmp_path / "s", overwrite=True, progress=False)
+        assert before.identical(probe.open(tmp_path / "s").load())  # not replaced by nothing
 
 
 def test_the_model_runs_in_eval_mode_and_gets_its_mode_back(tmp_path: Path) -> None:

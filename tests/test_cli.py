@@ -152,6 +152,34 @@ def test_rank_lists_the_heads_that_the_metric_puts_first(command: Any, store: Pa
     )
 
 
+def test_a_metric_that_measures_nothing_says_so(command: Any, tmp_path: Path) -> None:
+    with probe.load("demo-llama") as model:
+        probe.capture(model, ["abc"], tmp_path / "s", progress=False)  # no token twice
+    code, out, errors = command("rank", "heads.induction", tmp_path / "s")
+    assert (code, out) == (1, "")
+    assert "heads.induction gives no head a number" in errors
+    assert command("rank", "heads.induction", tmp_path / "s", "--top", "0")[0] == 2
+
+
+def test_a_picture_without_suffix_is_a_png_and_named_so(
+    command: Any, store: Path, tmp_path: Path
+) -> None:
+    assert command("plot", store, "-o", tmp_path / "map")[1] == f"{tmp_path / 'map.png'}\n"
+    assert (tmp_path / "map.png").exists()
+
+
+def test_a_store_of_scores_alone_cannot_be_ranked_or_drawn(command: Any, tmp_path: Path) -> None:
+    with probe.load("demo-llama") as model:
+        probe.capture(model, ["abc"], tmp_path / "s", sites="scores", progress=False)
+    for arguments in (
+        ("rank", "heads.entropy", tmp_path / "s"),
+        ("plot", tmp_path / "s", "-o", tmp_path / "x.png", "--layer", "0"),
+    ):
+        code, _, errors = command(*arguments)
+        assert code == 1
+        assert "this needs patterns, and the store holds" in errors
+
+
 def test_any_importable_function_is_a_metric(
     command: Any, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,14 +195,22 @@ def test_any_importable_function_is_a_metric(
         (("rank", "heads.nothing", "STORE"), "there is no metric 'heads.nothing'."),
         (("rank", "flow.composites", "STORE"), "there is no metric 'flow.composites'."),
         (("plot", "STORE", "-o", "x.png", "--layer", "7"), "the store has no layer 7."),
-        (("plot", "STORE", "-o", "x.png", "--head", "1"), "head 1 of which layer? Add --layer."),
+        (("plot", "STORE", "-o", "x.png", "--head", "1"), "patterns of which layer? Add --layer."),
+        (("plot", "STORE", "-o", "x.png", "--problem", "0"), "patterns of which layer?"),
+        (("plot", "STORE", "-o", "x.foo"), "x.foo cannot be written: Format 'foo'"),
+        (("plot", "STORE", "-o", "no/x.png"), "no/x.png cannot be written"),
+        (("rank", "flow.lift", "STORE"), "flow.lift returns ('problem', 'layer', 'head', 'key')"),
+        (("rank", "os.path.join", "STORE"), "os.path.join failed with TypeError"),
+        (("rank", "numpy.shape", "STORE"), "numpy.shape returns tuple. A metric of heads"),
+        (("capture", "demo-llama", "abc", "-o", "s", "--queries", "0:1:2:3"), "'0:1:2:3'"),
+        (("demo", "-o", "/dev/null"), "/dev/null cannot be made"),
         (
             ("plot", "STORE", "-o", "x.png", "--layer", "0", "--problem", "zz"),
             "the store has no problem 'zz'.",
         ),
         (("capture", "demo-llama", "no.jsonl", "-o", "s"), "no.jsonl cannot be read"),
         (("capture", "demo-llama", "abc", "-o", "s", "--layers", "a"), "layers"),
-        (("check", "demo-lama"), "'demo-lama' cannot be loaded"),
+        (("check", "demo-lama"), "No demonstration model is named 'demo-lama'"),
         (("demo", "demo-lama"), "demo-lama"),
     ],
 )

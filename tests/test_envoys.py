@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from nnsight import NNsight
-from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor, nn
 
 from probe.attention import AttentionCall
 from probe.envoys import LazyEnvoy, RootEnvoy
+from probe.errors import WiringError
 from probe.tap import Tap, run
 from tests.conftest import Tiny
 from tests.references import batch_of, watch
@@ -22,14 +22,14 @@ def test_sites_are_read_in_the_order_in_which_they_happen(
 ) -> None:
     tap = Tap(tiny("llama"))
     batch = batch_of("llama", "no")
-    with pytest.raises(OutOfOrderError):
+    with pytest.raises(WiringError, match="already ran past it"):
         watch(tap, batch, *order)
     watch(tap, batch, *reversed(order))  # the model can be used on
 
 
 def test_a_layer_before_the_last_one_read_is_refused(tiny: Tiny) -> None:
     tap = Tap(tiny("llama"))
-    with pytest.raises(OutOfOrderError):
+    with pytest.raises(WiringError, match="already ran past it"):
         run(tap, lambda _, envoy: envoy.pattern, batch_of("llama", "no"), layers=(2, 0))
 
 

@@ -85,8 +85,10 @@ def test_only_equal_lengths_share_a_batch_where_angles_depend_on_the_longest(
         ({"sites": ()}, r"sites=\(\)\. Choose from"),
         ({"sites": ("pattern", "pattern")}, r"each once"),
         ({"dtype": "bfloat16"}, r"dtype='bfloat16'\. Choose 'float16' or 'float32'\."),
-        ({"batch_size": 0}, r"batch_size=0\. It must be at least 1\."),
-        ({"max_length": -1}, r"max_length=-1\. It must be at least 1\."),
+        ({"batch_size": 2.5}, r"batch_size=2\.5\. It must be an int of at least 1\."),
+        ({"batch_size": True}, r"batch_size=True\. It must be an int of at least 1\."),
+        ({"batch_size": 0}, r"batch_size=0\. It must be an int of at least 1\."),
+        ({"max_length": -1}, r"max_length=-1\. It must be an int of at least 1\."),
     ],
 )
 def test_a_mistake_shows_before_anything_runs(

@@ -312,3 +312,11 @@ def test_a_dataset_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(InputError, match=says(message)):
         problems("hf:imdb:tran")
+
+
+def test_a_file_of_another_kind_is_not_taken_for_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    file.write_text("[]", encoding="utf-8")
+    with pytest.raises(InputError, match=r"data\.json is a file or folder, but neither \.txt nor"):
+        problems(str(file))
+    assert problems("x" * 5000)[0].text == "x" * 5000  # longer than a name can be
