@@ -8,7 +8,7 @@ Shapes: query (batch, head, query, head_dim); key and value (batch, kv_head, key
 repeated for grouped-query heads: query head h reads key head h // (n_heads / n_kv_heads).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from probe.errors import InputError
+from probe.indexing import Index, bounds, positions, slices, take, wide
 
-Index = Sequence[int] | slice | None
 Site = Literal["pattern", "scores"]
 
 # (rows, bytes of float32 scores) of a tile: on a CPU it stays in a core's cache, on a GPU it keeps
@@ -112,14 +112,14 @@ class AttentionCall:
         if self.mask is not None and self.mask.ndim == 4:
             mask = self._mask4(self.mask, queries, keys)
             return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        rows = _positions(queries, self.n_queries, self.query.device) + self.diagonal
-        behind = rows[:, None] - _positions(keys, self.n_keys, self.query.device)
+        rows = positions(queries, self.n_queries, self.query.device) + self.diagonal
+        behind = rows[:, None] - positions(keys, self.n_keys, self.query.device)
         keep = behind >= 0 if self.causal else torch.ones_like(behind, dtype=torch.bool)
         if self.window is not None:
             keep = keep & (behind.abs() < self.window)
         if self.mask is None:
             return keep[None, None]
-        present = _take(self.mask[:, -self.n_keys :].bool(), keys, 1)
+        present = take(self.mask[:, -self.n_keys :].bool(), keys, 1)
         return keep & present[:, None, None, :]
 
     def scores(self, *, queries: Index = None, keys: Index = None, heads: Index = None) -> Tensor:
@@ -138,8 +138,8 @@ class AttentionCall:
         if torch.is_autocast_enabled(self.query.device.type):
             with torch.autocast(self.query.device.type, enabled=False):
                 return self.scores(queries=queries, keys=keys)
-        q = _wide(_take(self.query, queries, 2))
-        k = _wide(_take(self.key, keys, 2))
+        q = wide(take(self.query, queries, 2))
+        k = wide(take(self.key, keys, 2))
         q = q * (self.scaling if self.scaling is not None else q.shape[-1] ** -0.5)
         batch, _, n, width = q.shape
         # The heads that share a key head become more rows of it, so that no key is repeated.
@@ -164,7 +164,7 @@ class AttentionCall:
                 return self._nothing(queries, keys)
             each = (self.head(h).pattern(queries=queries, keys=keys) for h in self._heads(heads))
             return torch.cat(list(each), dim=1)
-        return _take(self._normalise(self.scores(queries=queries)), keys, 3)
+        return take(self._normalise(self.scores(queries=queries)), keys, 3)
 
     def softmax(self, scores: Tensor) -> Tensor:
         """Whole rows of (possibly edited) scores of every head, sinks included, as a pattern."""
@@ -213,12 +213,12 @@ class AttentionCall:
                 self.head(h).fill(out[:, i : i + 1], site, queries=queries, keys=keys)
             return out
         empty = 0.0 if site == "pattern" else -torch.inf
-        chosen = None if queries is None else _positions(queries, self.n_queries, out.device)
-        columns = None if keys is None else _positions(keys, self.n_keys, out.device)
+        chosen = None if queries is None else positions(queries, self.n_queries, out.device)
+        columns = None if keys is None else positions(keys, self.n_keys, out.device)
         with torch.no_grad():
-            wide = replace(self, query=_wide(self.query), key=_wide(self.key))
+            exact = replace(self, query=wide(self.query), key=wide(self.key))
             for batch, groups, rows in self._tiles(out.shape[2]):
-                part = wide._part(batch, groups)
+                part = exact._part(batch, groups)
                 index = rows if chosen is None else chosen[rows].tolist()
                 low, high = part._reach(index)
                 s = part.scores(queries=index, keys=slice(low, high))
@@ -270,14 +270,14 @@ class AttentionCall:
 
     def _nothing(self, queries: Index, keys: Index) -> Tensor:
         """A tensor of no heads."""
-        rows = _positions(queries, self.n_queries, self.query.device)
-        columns = _positions(keys, self.n_keys, self.query.device)
-        return _wide(self.query[:, :0, :1, :1]).new_empty(
+        rows = positions(queries, self.n_queries, self.query.device)
+        columns = positions(keys, self.n_keys, self.query.device)
+        return wide(self.query[:, :0, :1, :1]).new_empty(
             self.query.shape[0], 0, len(rows), len(columns)
         )
 
     def _heads(self, heads: Index) -> list[int]:
-        return _positions(heads, self.n_heads, torch.device("cpu")).tolist()
+        return positions(heads, self.n_heads, torch.device("cpu")).tolist()
 
     def _head_slice(self, groups: slice) -> slice:
         share = self.n_heads // self.n_kv_heads
@@ -304,8 +304,8 @@ class AttentionCall:
 
     def _mask4(self, mask: Tensor, queries: Index, keys: Index) -> Tensor:
         mask = mask[:, :, -self.n_queries :, : self.n_keys]
-        mask = _take(mask, queries, 2) if mask.shape[2] > 1 else mask
-        return _take(mask, keys, 3) if mask.shape[3] > 1 else mask
+        mask = take(mask, queries, 2) if mask.shape[2] > 1 else mask
+        return take(mask, keys, 3) if mask.shape[3] > 1 else mask
 
     def _hide(self, s: Tensor, queries: Index, keys: Index) -> Tensor:
         """Add the mask's bias to fresh scores and put -inf wherever nothing is attended."""
@@ -313,12 +313,12 @@ class AttentionCall:
             if not self.causal or self.n_queries == 1:
                 return s
             # Only the columns from the first row's diagonal on can be hidden.
-            rows = _bounds(queries, self.n_queries)
-            start = _bounds(keys, self.n_keys)[0]
+            rows = bounds(queries, self.n_queries)
+            start = bounds(keys, self.n_keys)[0]
             plain = keys is None or (isinstance(keys, slice) and keys.step in (None, 1))
             if plain and rows[0] + 1 > start:
                 visible = rows[0] + 1 - start
-                keys = slice(rows[0] + 1, _bounds(keys, self.n_keys)[1])
+                keys = slice(rows[0] + 1, bounds(keys, self.n_keys)[1])
                 s[..., visible:].masked_fill_(~self.keep(queries, keys), -torch.inf)
                 return s
         elif self.mask is not None and self.mask.ndim == 4 and self.mask.dtype != torch.bool:
@@ -330,7 +330,7 @@ class AttentionCall:
         if self.mask is not None and self.mask.ndim == 4:
             seen = self.keep(queries).flatten(0, 2).any(0).expand(self.n_keys).nonzero()
             return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
-        first, stop = _bounds(queries, self.n_queries)
+        first, stop = bounds(queries, self.n_queries)
         first, stop = first + self.diagonal, stop + self.diagonal
         low = 0 if self.window is None else max(0, first - self.window + 1)
         ahead = 0 if self.causal else self.n_keys if self.window is None else self.window - 1
@@ -345,37 +345,5 @@ class AttentionCall:
         groups = max(1, min(self.n_kv_heads, budget // group_bytes))
         batch = max(1, min(n_batch, budget // (group_bytes * self.n_kv_heads)))
         return product(
-            _slices(n_batch, batch), _slices(self.n_kv_heads, groups), _slices(n_rows, rows)
+            slices(n_batch, batch), slices(self.n_kv_heads, groups), slices(n_rows, rows)
         )
-
-
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _take(x: Tensor, index: Index, dim: int) -> Tensor:
-    """Select along one dim: a view for slices, a copy for lists."""
-    if index is None:
-        return x
-    if isinstance(index, slice):
-        return x[(slice(None),) * dim + (index,)]
-    return x.index_select(dim, torch.as_tensor(index, device=x.device, dtype=torch.long))
-
-
-def _positions(index: Index, size: int, device: torch.device) -> Tensor:
-    if isinstance(index, slice | None):
-        start, stop, step = (index or slice(None)).indices(size)
-        return torch.arange(start, max(start, stop), step, device=device)
-    return torch.as_tensor(index, device=device, dtype=torch.long)
-
-
-def _bounds(index: Index, size: int) -> tuple[int, int]:
-    """The smallest range [first, stop) that holds an index."""
-    if isinstance(index, slice | None):
-        inside = range(*(index or slice(None)).indices(size))
-        return (inside[0], inside[-1] + 1) if inside else (0, 0)
-    return (min(index), max(index) + 1) if len(index) else (0, 0)

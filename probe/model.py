@@ -1,6 +1,5 @@
 """Load a model, give it inputs: `load` and the `Model` that it returns."""
 
-import hashlib
 import inspect
 import operator
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from probe import demos
 from probe.errors import InputError, UnsupportedModelError
+from probe.fingerprint import fingerprint
 from probe.interface import vocabulary_size
 from probe.tap import Tap
 
@@ -269,13 +269,8 @@ class Model:
         return batch
 
     def fingerprint(self) -> str:
-        """A hash that tells checkpoints apart: class, names, shapes, dtypes and sampled weights."""
-        digest = hashlib.sha256(type(self.base).__name__.encode())
-        for name, weight in self.module.named_parameters():
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            if not weight.is_meta and weight.numel():
-                digest.update(_digest(weight.detach()))
-        return digest.hexdigest()
+        """A hash that tells checkpoints apart: see `probe.fingerprint`."""
+        return fingerprint(self.base, self.module)
 
     def close(self) -> None:
         """Give the module back as it was."""
@@ -314,20 +309,6 @@ def pad(
         ids[i, where] = torch.as_tensor(row)
         mask[i, where] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _digest(weight: Tensor) -> bytes:
-    """The sum of all bits, which any one changed weight changes, and 64 weights for their order.
-
-    Integer sums are exact in any order, so every device gives the same.
-    """
-    bits = weight.contiguous().view(_BITS[weight.element_size()]).flatten()
-    at = torch.linspace(0, len(bits) - 1, 64, dtype=torch.float64).long().to(bits.device)
-    figures = torch.cat([bits.sum(dtype=torch.int64)[None], bits[at].long()])
-    return figures.cpu().numpy().tobytes()
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _base(module: nn.Module) -> PreTrainedModel:

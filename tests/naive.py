@@ -9,7 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from probe.attention import AttentionCall, Index
+from probe.attention import AttentionCall
+from probe.indexing import Index
 
 Site = Literal["pattern", "scores"]
 INF = math.inf

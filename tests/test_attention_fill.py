@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from probe import attention
-from probe.attention import AttentionCall, Index
+from probe.attention import AttentionCall
+from probe.indexing import Index
 from tests.naive import SITES, Case, Site, call_of, cases, close, naive, pick, read
 
 
