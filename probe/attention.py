@@ -92,6 +92,16 @@ class AttentionCall:
         return self.key.shape[1]
 
     @property
+    def share(self) -> int:
+        """Query heads that read each key head."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def factor(self) -> float:
+        """What query @ key is multiplied by."""
+        return self.scaling if self.scaling is not None else self.query.shape[-1] ** -0.5
+
+    @property
     def n_queries(self) -> int:
         """Rows."""
         return self.query.shape[2]
@@ -140,11 +150,10 @@ class AttentionCall:
                 return self.scores(queries=queries, keys=keys)
         q = wide(take(self.query, queries, 2))
         k = wide(take(self.key, keys, 2))
-        q = q * (self.scaling if self.scaling is not None else q.shape[-1] ** -0.5)
+        q = q * self.factor
         batch, _, n, width = q.shape
         # The heads that share a key head become more rows of it, so that no key is repeated.
-        share = self.n_heads // self.n_kv_heads
-        s = q.reshape(batch, self.n_kv_heads, share * n, width) @ k.transpose(-1, -2)
+        s = q.reshape(batch, self.n_kv_heads, self.share * n, width) @ k.transpose(-1, -2)
         s = s.reshape(batch, self.n_heads, n, k.shape[2])
         if self.softcap is not None:
             s = (s / self.softcap).tanh_() * self.softcap
@@ -179,9 +188,8 @@ class AttentionCall:
             z (batch, query, head, value_dim) in the dtype of `value`, contiguous.
         """
         batch, _, n, n_keys = pattern.shape
-        share = self.n_heads // self.n_kv_heads
         p = torch.dropout(pattern, self.dropout, train=self.dropout > 0).to(self.value.dtype)
-        z = p.reshape(batch, self.n_kv_heads, share * n, n_keys) @ self.value
+        z = p.reshape(batch, self.n_kv_heads, self.share * n, n_keys) @ self.value
         return z.reshape(batch, self.n_heads, n, -1).transpose(1, 2).contiguous()
 
     def fill(
@@ -237,7 +245,7 @@ class AttentionCall:
 
     def head(self, head: int) -> "AttentionCall":
         """The call of one query head and the key head that it reads."""
-        group = head // (self.n_heads // self.n_kv_heads)
+        group = head // self.share
         return self._part(slice(None), slice(group, group + 1), slice(head, head + 1))
 
     def cut(self, batch: slice, length: int) -> "AttentionCall":
@@ -280,10 +288,9 @@ class AttentionCall:
         return positions(heads, self.n_heads, torch.device("cpu")).tolist()
 
     def _head_slice(self, groups: slice) -> slice:
-        share = self.n_heads // self.n_kv_heads
         return slice(
-            None if groups.start is None else groups.start * share,
-            None if groups.stop is None else groups.stop * share,
+            None if groups.start is None else groups.start * self.share,
+            None if groups.stop is None else groups.stop * self.share,
         )
 
     def _part(self, batch: slice, groups: slice, heads: slice | None = None) -> "AttentionCall":
@@ -338,10 +345,10 @@ class AttentionCall:
 
     def _tiles(self, n_rows: int) -> Iterator[tuple[slice, slice, slice]]:
         """Cache-sized tiles: (batch items, key heads, rows)."""
-        n_batch, share = self.query.shape[0], self.n_heads // self.n_kv_heads
+        n_batch = self.query.shape[0]
         rows, budget = _TILES.get(self.query.device.type, _GPU_TILE)
         rows = max(1, min(rows, n_rows))
-        group_bytes = 4 * max(1, self.n_keys) * share * rows
+        group_bytes = 4 * max(1, self.n_keys) * self.share * rows
         groups = max(1, min(self.n_kv_heads, budget // group_bytes))
         batch = max(1, min(n_batch, budget // (group_bytes * self.n_kv_heads)))
         return product(

@@ -28,8 +28,6 @@ from probe.tap import run
 
 log = logging.getLogger("probe")
 
-Arrays = dict[str, list[npt.NDArray[Any]]]
-
 
 def capture(
     model: Model,

@@ -99,6 +99,7 @@ class Model:
         name = name or self.base.config._name_or_path or type(module).__name__
         # A store's record names a model in a local folder by the folder, not by the machine's path.
         self.name = Path(name).resolve().name if Path(name).is_dir() else name
+        self._text: dict[int, str] = {}  # what each token says, once it was asked
         self.tap = Tap(module)
 
     @property
@@ -170,8 +171,8 @@ class Model:
         """Each token as text, the space before a word included; "" without a tokenizer."""
         if self.tokenizer is None:
             return [""] * len(token_ids)
-        text = {i: self._decode_one(i) for i in set(token_ids)}
-        return [text[i] for i in token_ids]
+        self._text |= {i: self._decode_one(i) for i in set(token_ids) - self._text.keys()}
+        return [self._text[i] for i in token_ids]
 
     def _decode_one(self, token: int) -> str:
         # Alone, a token may lose its leading space; after itself it keeps it.
@@ -222,9 +223,7 @@ class Model:
         if ids is not None and not isinstance(ids, Tensor):
             rows = [ids] if isinstance(ids[0], int) else ids
             if len({len(row) for row in rows}) > 1:  # not padded: its masks are all ones
-                batch |= pad(
-                    rows, self.padding, side=getattr(self.tokenizer, "padding_side", "right")
-                )
+                batch |= pad(rows, self.padding, side=self.padding_side)
             else:
                 batch = {k: torch.as_tensor(v).view(len(rows), -1) for k, v in batch.items()}
         for row in batch["input_ids"].tolist() if "input_ids" in batch else []:
@@ -253,11 +252,12 @@ class Model:
                 f"{what} has {len(token_ids)} tokens, and the context of {self.name} is "
                 f"{self.context}. Shorten it, or cut it with max_length={self.context}."
             )
-        wrong = next((i for i in token_ids if not 0 <= i < self.vocabulary), None)
+        size = self.vocabulary
+        wrong = next((i for i in token_ids if not 0 <= i < size), None)
         if wrong is not None:
             raise InputError(
                 f"{what} holds token id {wrong}, and the vocabulary of {self.name} has "
-                f"{self.vocabulary} (0 to {self.vocabulary - 1}). Encode it with its own tokenizer."
+                f"{size} (0 to {size - 1}). Encode it with its own tokenizer."
             )
 
     def _positioned(self, batch: dict[str, Any]) -> dict[str, Any]:

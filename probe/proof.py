@@ -51,13 +51,13 @@ def prove(call: AttentionCall, z: Tensor, *, causal: bool | None = None, rows: i
             ahead = pattern.masked_select(future.to(pattern.device))
             if ahead.numel() and ahead.max() > 0:
                 _fail(call, f"a causal row attends to its future with {ahead.max():.6g}")
-        v = _largest(call.value, call.n_heads)
+        v = _largest(call.value, call.share)
         error = (call.mix(pattern).float() - z[:, index].float()).norm(dim=-1).transpose(1, 2)
         unit = torch.finfo(z.dtype).eps / 2
-        scaling = abs(call.scaling if call.scaling is not None else call.query.shape[-1] ** -0.5)
-        terms = call.query[:, :, index].float().norm(dim=-1) * _largest(call.key, call.n_heads)
+        terms = call.query[:, :, index].float().norm(dim=-1) * _largest(call.key, call.share)
+        terms = terms * abs(call.factor)
         size = scores.masked_fill(scores == -torch.inf, 0.0).abs().amax(-1)
-        moved = unit * (8 + 4 * size) + torch.finfo(torch.float32).eps / 2 * 4 * scaling * terms
+        moved = unit * (8 + 4 * size) + torch.finfo(torch.float32).eps / 2 * 4 * terms
         excess = (error / (v * moved).clamp_min(1e-30))[attends]
         if excess.numel() and not bool(excess.max() <= 1):
             _fail(
@@ -67,10 +67,10 @@ def prove(call: AttentionCall, z: Tensor, *, causal: bool | None = None, rows: i
             )
 
 
-def _largest(vectors: Tensor, n_heads: int) -> Tensor:
+def _largest(vectors: Tensor, share: int) -> Tensor:
     """The longest key or value of each query head: (batch, head, 1) float32."""
     longest: Tensor = vectors.float().norm(dim=-1).amax(-1, keepdim=True)
-    return longest.repeat_interleave(n_heads // vectors.shape[1], dim=1)
+    return longest.repeat_interleave(share, dim=1)
 
 
 def _fail(call: AttentionCall, what: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from probe.attention import AttentionCall
 from probe.envoys import AttentionEnvoy
+from probe.errors import InputError
 from probe.tap import Tap, run
 from tests.references import (
     LENGTHS,
@@ -202,7 +203,7 @@ def test_edits_in_bfloat16_keep_the_dtype_of_the_model(family: str) -> None:
 
 
 @pytest.mark.parametrize("change", [{"scaling": 0.05}, {"softcap": 0.5}, {"window": 2}])
-def test_a_changed_factor_of_a_call_is_obeyed_or_refused_but_never_dropped(
+def test_a_changed_factor_of_a_call_is_refused_and_never_dropped(
     change: dict[str, Any],
 ) -> None:
     batch = batch_of("llama", "no")
@@ -212,8 +213,8 @@ def test_a_changed_factor_of_a_call_is_obeyed_or_refused_but_never_dropped(
     def visit(_: int, attn: AttentionEnvoy) -> None:
         attn.call = replace(attn.call, **change)
 
-    try:
-        logits = edited(tap, batch, visit)
-    except Exception:
-        return
-    assert not torch.equal(logits, plain)
+    with pytest.raises(
+        InputError, match=f"layer 0 changes '{next(iter(change))}', which the model"
+    ):
+        edited(tap, batch, visit)
+    assert torch.equal(tap.module(**batch).logits, plain)
