@@ -18,6 +18,7 @@ from torch import Tensor
 
 from probe.errors import InputError
 from probe.indexing import Index, bounds, positions, slices, take, wide
+from probe.positions import Positions
 
 Site = Literal["pattern", "scores"]
 
@@ -48,6 +49,8 @@ class AttentionCall:
         causal: Whether masks that are None or 2-D hide the future.
         dropout: Probability with which `mix` drops pattern entries, 0 outside training.
         layer: Absolute layer index.
+        n_layers: Layers of the model.
+        where: The tokens that rows and columns are, where they are known.
 
     Example:
         >>> q = torch.zeros(1, 2, 3, 4)
@@ -67,6 +70,8 @@ class AttentionCall:
     causal: bool = True
     dropout: float = 0.0
     layer: int = 0
+    n_layers: int = 1
+    where: Positions | None = None
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.mask.ndim not in (2, 4):
@@ -80,6 +85,11 @@ class AttentionCall:
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} key heads evenly. "
                 "The number of query heads must be a multiple of the number of key heads."
             )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.query.device
 
     @property
     def n_heads(self) -> int:
@@ -263,7 +273,34 @@ class AttentionCall:
             key=part.key[:, :, :length],
             value=part.value[:, :, :length],
             mask=mask,
+            where=None if self.where is None else self.where.part(batch, length),
         )
+
+    def biased(self, bias: Tensor) -> "AttentionCall":
+        """The call with a bias on its scores, fused into its mask: the model keeps its kernel.
+
+        Args:
+            bias: (batch or 1, head or 1, query or 1, key or 1), added after scaling and softcap;
+                -inf hides. It is rounded to the query's dtype, as the kernel needs it.
+
+        Raises:
+            InputError: A row that attends to something would attend to nothing.
+        """
+        keep = self.keep()
+        hidden = ~keep | (bias == -torch.inf)
+        lost = keep.any(-1) & hidden.all(-1)
+        if bool(lost.any()):
+            item, head, row = (int(i) for i in lost.nonzero()[0])
+            raise InputError(
+                f"in layer {self.layer} a bias of -inf hides every key of row {row} (batch item "
+                f"{item}, head {head}), so that nothing is left to attend to. Keep at least one "
+                "key, for example the row's own."
+            )
+        if self.mask is not None and self.mask.ndim == 4 and self.mask.dtype != torch.bool:
+            bias = bias + self.mask[:, :, -self.n_queries :, : self.n_keys].float()
+        low = torch.finfo(self.query.dtype).min
+        bias = bias.clamp_min(low).to(self.query.dtype).expand(hidden.shape)
+        return replace(self, mask=bias.masked_fill(hidden, low))
 
     def _normalise(self, scores: Tensor) -> Tensor:
         """Softmax of scores as computed: only a mask or a window can leave a row empty."""
@@ -307,6 +344,7 @@ class AttentionCall:
             value=self.value[batch, groups],
             mask=mask,
             sinks=None if self.sinks is None else self.sinks[heads],
+            where=None if self.where is None else self.where.part(batch),
         )
 
     def _mask4(self, mask: Tensor, queries: Index, keys: Index) -> Tensor:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from probe import store as stores
-from probe.attention import AttentionCall, Site
+from probe.attention import Site
 from probe.disk import size
 from probe.envoys import AttentionEnvoy
 from probe.errors import InputError, ProbeError, StoreError
+from probe.matrices import Readable
 from probe.model import Model
 from probe.planning import Item, Plan, plan
-from probe.proof import prove
 from probe.selection import Selector
 from probe.tap import run
 
@@ -252,17 +252,16 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
     heads = None if todo.heads == tuple(range(model.n_heads)) else todo.heads
 
     def visit(layer: int, attention: AttentionEnvoy) -> None:
-        call = attention.call
+        seen = attention.seen
         place = todo.layers.index(layer)
         for (where, alike), arrays in zip(groups, out, strict=True):
             first = alike[0]
-            part = call.cut(where, first.length)
+            part = seen.cut(where, first.length)
             for site, array in arrays.items():
                 _fill(part, site, array[:, place], first, heads)
-        if proof:
-            prove(call, attention.z, causal=model.tap.causal)
 
-    output = run(model.tap, visit, _inputs(model, items), layers=tuple(sorted(todo.layers)))
+    layers = tuple(sorted(todo.layers))
+    output = run(model.tap, visit, _inputs(model, items), layers=layers, proof=proof)
     losses = _losses(getattr(output, "logits", None), items)
     arrays: list[dict[str, npt.NDArray[Any]]] = [
         {str(site): array[n].numpy() for site, array in group.items()}
@@ -282,16 +281,14 @@ def _alike(items: Sequence[Item]) -> Iterator[tuple[slice, list[Item]]]:
 
 
 def _fill(
-    call: AttentionCall, site: Site, out: Tensor, item: Item, heads: tuple[int, ...] | None
+    seen: Readable, site: Site, out: Tensor, item: Item, heads: tuple[int, ...] | None
 ) -> None:
     """Compute a layer where the model is, and bring it home in one piece."""
     everything = tuple(range(item.length))
     queries = None if item.queries == everything else item.queries
     keys = None if item.keys == everything else item.keys
-    here = (
-        out if call.query.device == out.device else torch.empty_like(out, device=call.query.device)
-    )
-    call.fill(here, site, queries=queries, keys=keys, heads=heads)
+    here = out if seen.device == out.device else torch.empty_like(out, device=seen.device)
+    seen.fill(here, site, queries=queries, keys=keys, heads=heads)
     if here is not out:
         out.copy_(here)
 

@@ -1,9 +1,10 @@
 """Nnsight's side of the tap: envoys whose attention can be read and assigned inside any trace."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from nnsight.intervention.envoy import Envoy
@@ -11,8 +12,12 @@ from nnsight.intervention.eproperty import eproperty
 from torch import Tensor, nn
 
 from probe.attention import AttentionCall
+from probe.editing import changed, edited
 from probe.errors import UnsupportedModelError
 from probe.interface import Kernel
+from probe.interventions import Add, Change
+from probe.matrices import Matrices, Readable
+from probe.watching import Watch
 
 
 class LazyEnvoy(Envoy):  # type: ignore[misc]
@@ -45,10 +50,13 @@ class RootEnvoy(LazyEnvoy):
         ):
             raise UnsupportedModelError(
                 "this model trains under gradient checkpointing, whose second forward runs outside "
-                "the trace: gradients would be wrong. Call gradient_checkpointing_disable(), or "
-                "read under torch.no_grad()."
+                "the trace: gradients would be wrong. Use model.hooks or model.intervene around "
+                "forward and backward, call gradient_checkpointing_disable(), or read under "
+                "torch.no_grad()."
             )
-        return super().interleave(*args, **kwargs)
+        watch: Watch = self.__dict__["watch"]
+        with watch.on():
+            return super().interleave(*args, **kwargs)
 
     @property
     def device(self) -> torch.device | None:
@@ -57,10 +65,10 @@ class RootEnvoy(LazyEnvoy):
 
 
 class AttentionEnvoy(LazyEnvoy):
-    """An attention module inside a trace: `.call`, `.scores`, `.pattern`, `.z`, in that order.
+    """An attention module inside a trace: `.call`, `.scores`, `.pattern`, `.seen`, `.z`, in order.
 
-    Each can be read and assigned. Reading leaves the model on its own kernel; once scores or
-    pattern are edited (assigned or changed in place), the output is computed from them.
+    Each can be read, and all but `seen` assigned. Reading leaves the model on its own kernel; once
+    scores or pattern are edited (assigned or changed in place), the output is computed from them.
     """
 
     @eproperty(description="what the kernel is given")  # type: ignore[untyped-decorator]
@@ -78,6 +86,11 @@ class AttentionEnvoy(LazyEnvoy):
         """Attention probabilities before dropout, float32."""
         return value
 
+    @eproperty(description="what rows and heads can be read from")  # type: ignore[untyped-decorator]
+    def seen(self, value: Readable) -> Readable:
+        """What was attended in the end: `.seen.pattern(queries=, keys=, heads=)` computes rows."""
+        return value
+
     @eproperty(description="(batch, query, head, head_dim)")  # type: ignore[untyped-decorator]
     def z(self, value: Tensor) -> Tensor:
         """Per-head output, before the output projection."""
@@ -85,46 +98,74 @@ class AttentionEnvoy(LazyEnvoy):
 
 
 class Publisher:
-    """Serves a module's attention calls to the traces of its envoy."""
+    """Serves a module's attention calls: to the interventions, then to the traces of its envoy."""
 
-    def __init__(self, envoy: AttentionEnvoy, layer: int) -> None:
-        self._envoy, self.layer = weakref.ref(envoy), layer
+    def __init__(self, envoy: AttentionEnvoy, layer: int, watch: Watch) -> None:
+        self._envoy, self.layer, self._watch = weakref.ref(envoy), layer, watch
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nobody, ()  # a copy of the module is nobody's
 
     @property
     def awake(self) -> bool:
-        envoy = self._envoy()
-        return envoy is not None and bool(envoy.interleaver.interleaving)
+        return self._watch.awake or self._interleaver() is not None
 
     def serve(self, call: AttentionCall, kernel: Kernel) -> tuple[Tensor, Tensor | None]:
-        envoy = self._envoy()
-        assert envoy is not None
-        path, interleaver = envoy.path, envoy.interleaver
-        call = interleaver.handle(f"{path}.call", call)
-        scores, cut = _offer(interleaver, f"{path}.scores", call.scores)
+        watch = self._watch
+        place = watch.ruler.place(call.n_queries, call.n_keys, call.query.device)
+        call = replace(call, where=place, n_layers=watch.n_layers)
+        edits = watch.edits(call)
+        call = self._handle("call", edited(call, edits))
+        scores, cut = self._offer("scores", call.scores, edits)
         compute = call.pattern if scores is None else partial(call.softmax, scores)
-        if cut:  # edited scores make an edited pattern, whether or not anybody reads it
-            pattern, _ = _offer(interleaver, f"{path}.pattern", compute, always=True)
+        # Edited scores make an edited pattern, whether or not anybody reads it.
+        pattern, cut = self._offer("pattern", compute, edits, needed=cut)
+        seen: Readable = call
+        if cut:
+            seen = Matrices(
+                {"pattern": pattern} | ({} if scores is None else {"scores": scores}), call
+            )
+            z, weights = call.mix(pattern), pattern.to(call.value.dtype)
         else:
-            pattern, cut = _offer(interleaver, f"{path}.pattern", compute)
-        z, weights = kernel(call) if not cut else (call.mix(pattern), pattern.to(call.value.dtype))
-        return interleaver.handle(f"{path}.z", z), weights
+            z, weights = kernel(call)
+            watch.prove(call, z)
+        self._handle("seen", seen)
+        z, _ = changed("z", z, edits)
+        return watch.mark(self._handle("z", z)), weights
 
+    def _interleaver(self) -> Any:
+        """nnsight's, while a trace runs."""
+        envoy = self._envoy()
+        return None if envoy is None or not envoy.interleaver.interleaving else envoy.interleaver
 
-def _offer(
-    interleaver: Any, location: str, compute: Callable[[], Tensor], *, always: bool = False
-) -> tuple[Any, bool]:
-    """Offer a computed value at a location: (the value or None if nobody asked, was it edited)."""
-    if not always and location not in interleaver.parked:
-        # The visit counts all the same: `tracer.iter` numbers the steps by it.
-        return interleaver.handle(location, None), False
-    before = compute()
-    version = None if before.is_inference() else before._version
-    after = interleaver.handle(location, before)
-    # An inference tensor does not count its in-place edits, so it passes for edited.
-    return after, after is not before or version is None or after._version != version
+    def _handle(self, name: str, value: Any) -> Any:
+        interleaver, envoy = self._interleaver(), self._envoy()
+        if interleaver is None or envoy is None:
+            return value
+        return interleaver.handle(f"{envoy.path}.{name}", value)
+
+    def _offer(
+        self,
+        name: Literal["scores", "pattern"],
+        compute: Callable[[], Tensor],
+        edits: Sequence[Add | Change],
+        *,
+        needed: bool = False,
+    ) -> tuple[Any, bool]:
+        """Offer a computed value: (the value or None if nobody asked, was it edited)."""
+        interleaver, envoy = self._interleaver(), self._envoy()
+        location = "" if envoy is None else f"{envoy.path}.{name}"
+        asked = interleaver is not None and location in interleaver.parked
+        touched = any(isinstance(edit, Change) and edit.site == name for edit in edits)
+        if not (needed or asked or touched):
+            # The visit counts all the same: `tracer.iter` numbers the steps by it.
+            return self._handle(name, None), False
+        value, cut = changed(name, compute(), edits)
+        version = None if value.is_inference() else value._version
+        after = self._handle(name, value)
+        # An inference tensor does not count its in-place edits, so it passes for edited.
+        fresh = after is not value or (asked and (version is None or after._version != version))
+        return after, needed or cut or fresh
 
 
 def _nobody() -> None:

@@ -149,7 +149,7 @@ class Model:
         Returns:
             What the transformers model returns.
         """
-        with self.tap.lock:
+        with self.tap.watch.lock:
             return self.module(**self.batch(inputs), **kwargs)
 
     def encode(self, text: str) -> list[int]:

@@ -75,15 +75,44 @@ def positions(
         return _resolve(selector, length, name, noun, where)
     if selector.startswith("segment:"):
         return _segment(selector, segments or (), name, problem)
+    side, count = end(selector, name)
+    some = slice(count) if side == "first" else slice(-count, None)
+    return _resolve(some, length, name, noun, where)
+
+
+def end(selector: str, name: str) -> tuple[str, int]:
+    """The side and the number of "first:6" or "last:6".
+
+    Raises:
+        InputError: It is neither.
+
+    Example:
+        >>> end("last:6", "queries")
+        ('last', 6)
+    """
     match = _ENDS.fullmatch(selector)
     if match is None or int(match[2]) < 1:
         raise InputError(
             f"{name}={selector!r} is not a selection. Give an int, a slice, a list of ints, "
             "'first:6', 'last:6' or 'segment:latent'."
         )
-    count = int(match[2])
-    some = slice(count) if match[1] == "first" else slice(-count, None)
-    return _resolve(some, length, name, noun, where)
+    return match[1], int(match[2])
+
+
+def parts(selector: int | slice | Sequence[int] | None, name: str) -> list[int | slice]:
+    """The ints and slices that a selection is made of, checked for their types.
+
+    Raises:
+        InputError: It is made of something else.
+
+    Example:
+        >>> parts([0, -1], "keys")
+        [0, -1]
+    """
+    if selector is None or isinstance(selector, slice):
+        return [_slice(selector, name)]
+    items = [selector] if _is_int(selector) else _items(selector, name)
+    return [_int(item, name) for item in items]
 
 
 def as_data(selector: Selector) -> int | str | list[int] | None:
@@ -134,10 +163,14 @@ def _slice(selector: slice | None, name: str) -> slice:
     return selector
 
 
-def _absolute(item: object, size: int, name: str, noun: str) -> int:
+def _int(item: object, name: str) -> int:
     if not _is_int(item):
         raise InputError(f"{name} holds {item!r}, which is not an int. Give ints only.")
-    index = operator.index(item)
+    return operator.index(item)
+
+
+def _absolute(item: object, size: int, name: str, noun: str) -> int:
+    index = _int(item, name)
     if not -size <= index < size:
         raise InputError(f"{name}={index} is out of range: {noun}{_span(size)}.")
     return index % size

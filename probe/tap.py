@@ -1,7 +1,7 @@
 """The tap: a model switched to overheard kernels, its attention published to nnsight's traces."""
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from nnsight.intervention.envoy import Envoy
@@ -14,6 +14,7 @@ from probe.envoys import AttentionEnvoy, LazyEnvoy, Publisher, RootEnvoy
 from probe.errors import InputError, UnsupportedModelError, WiringError
 from probe.interface import LISTENER, implementations, numbered, overhear, register
 from probe.proof import prove
+from probe.watching import Watch
 
 _NNSIGHT_STATE = "__nnsight__"  # where nnsight keeps its own state on a module
 
@@ -33,7 +34,7 @@ class Tap:
         causal: Whether no layer sees the future.
         n_heads: Query heads per layer.
         n_kv_heads: Key heads per layer.
-        lock: Held during a traced forward: one at a time, whatever the thread.
+        watch: Who watches and edits the attention now.
 
     Raises:
         UnsupportedModelError: The attention cannot be reached.
@@ -42,7 +43,6 @@ class Tap:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.lock = threading.RLock()
         self._open = True
         self._own_forward = {
             m: m.__dict__.get("forward")
@@ -60,6 +60,9 @@ class Tap:
                 prove(call, z, causal=bool(getattr(caller, "is_causal", False)))
             attention = numbered(heard)
             self.n_heads, self.n_kv_heads = _heads([call for _, call, _ in heard])
+            self.causal = not any(bool(call.keep().triu(1).any()) for _, call, _ in heard)
+            model = next(iter(self._implementations))
+            self.watch = Watch(model, max(attention) + 1, causal=self.causal)
             self.envoy, self.layers = self._wrap(attention)
         except FloatingPointError as error:
             self.close()
@@ -67,16 +70,16 @@ class Tap:
         except BaseException:
             self.close()
             raise
-        self.causal = not any(bool(call.keep().triu(1).any()) for _, call, _ in heard)
 
     def _wrap(self, attention: dict[int, nn.Module]) -> tuple[Envoy, dict[int, AttentionEnvoy]]:
         classes = {type(m): AttentionEnvoy for m in attention.values()}
         root = RootEnvoy(self.module, envoys={**classes, nn.Module: LazyEnvoy})
+        root.__dict__["watch"] = self.watch
         paths = {m: name for name, m in self.module.named_modules()}
         layers = {}
         for layer, module in attention.items():
             layers[layer] = root.get(paths[module])
-            module.__dict__[LISTENER] = Publisher(layers[layer], layer)
+            module.__dict__[LISTENER] = Publisher(layers[layer], layer, self.watch)
         return root, layers
 
     def _check_upcast(self) -> None:
@@ -147,17 +150,25 @@ def run(
     inputs: Mapping[str, Any],
     *,
     layers: tuple[int, ...],
+    proof: bool = False,
 ) -> Any:
     """One traced forward; `visit(layer, envoy)` reads or edits each layer as it runs.
 
     This holds the only trace of the package. Grad mode is the caller's: nnsight would leak one
     opened inside the trace into the model's forward.
 
+    Args:
+        tap: Of the model.
+        visit: Called with each layer, in the order of `layers`.
+        inputs: What the model's forward takes, by name.
+        layers: Absolute layers to visit.
+        proof: Whether each layer proves what it shows: see `probe.proof`.
+
     Returns:
         What the model returns.
 
     Raises:
-        WiringError: A layer did not call its attention, or was read out of order.
+        WiringError: A layer did not call its attention, or was read out of order; the proof failed.
     """
     box: dict[str, Any] = {}
 
@@ -166,7 +177,7 @@ def run(
         return box["output"]
 
     todo = list(layers)
-    with tap.lock:
+    with tap.watch.on(), _proving(tap.watch, proof):
         try:
             with tap.envoy.trace(fn=forward, **inputs):
                 for layer in layers:
@@ -177,3 +188,12 @@ def run(
     if todo:  # nnsight only warns when the body of a trace dies
         raise WiringError(f"the trace ended before layers {todo} were read.")
     return box["output"]
+
+
+@contextmanager
+def _proving(watch: Watch, proof: bool) -> Iterator[None]:
+    watch.proving = proof
+    try:
+        yield
+    finally:
+        watch.proving = False

@@ -1,0 +1,237 @@
+"""Interventions: changes of attention as data, in forward, in generation and under traces.
+
+An intervention says for each attention call what to change, as `Add` (a bias on the scores, fused
+into the kernel's mask) and `Change` (a function of a site). Whatever the order in which they are
+given, a call is changed site by site: q, k and v; the sum of all biases; scores; pattern; z. Within
+a site, interventions act in the order in which they are given. The cost follows the kind: `Add`,
+q, k, v and z leave the model on its own kernel; scores and pattern are materialised, in the layers
+that name them.
+"""
+
+import dataclasses
+import hashlib
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probe import selection
+from probe.attention import AttentionCall
+from probe.errors import InputError
+from probe.positions import Positions
+from probe.selection import Selector
+
+Site = Literal["q", "k", "v", "scores", "pattern", "z"]
+SITES: tuple[Site, ...] = ("q", "k", "v", "scores", "pattern", "z")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Add:
+    """Add to the scaled scores; -inf hides.
+
+    Attributes:
+        bias: (batch or 1, head or 1, query or 1, key or 1), float.
+    """
+
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """Put a function on a site.
+
+    Attributes:
+        site: "q" (batch, query, head, head_dim), "k" and "v" (batch, key, kv_head, head_dim), all
+            cached keys included; "scores" and "pattern" (batch, head, query, key), float32; or
+            "z" (batch, query, head, head_dim), before the output projection.
+        function: Gets the value, its own copy, and returns the new one of the same shape; None
+            stands for the value itself, changed in place or not at all.
+        name: For messages.
+    """
+
+    site: Site
+    function: Callable[[Tensor], Tensor | None]
+    name: str
+
+
+class Intervention(Protocol):
+    """What changes attention: usually a frozen dataclass whose fields are recorded as data."""
+
+    def edits(self, call: AttentionCall) -> Iterable[Add | Change]:
+        """What to change in this call; nothing in the layers that it does not name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bias:
+    """Add a number to the scores of chosen edges; -inf knocks them out.
+
+    Adding ln(a) multiplies the probability of an edge by a and renormalises its row.
+
+    Attributes:
+        value: In nats.
+        queries: Rows by token position, default all: see `probe.positions.chosen`.
+        keys: Columns, likewise.
+        layers: int, negative int, slice or list; default all.
+        heads: Query heads, likewise.
+
+    Example:
+        >>> with model.intervene(probe.Bias(value=-float("inf"), queries=-1, keys=0, layers=1)):
+        ...     _, cache = model.run_with_cache("abcabc", sites="pattern")
+        >>> float(cache["pattern", 1][0, :, -1, 0].max())
+        0.0
+    """
+
+    value: float
+    queries: Selector = None
+    keys: Selector = None
+    layers: Selector = None
+    heads: Selector = None
+
+    def edits(self, call: AttentionCall) -> Iterable[Add]:
+        """A bias on the edges that this call has."""
+        if not names(self.layers, call):
+            return
+        at = where(call)
+        edge = at.rows(self.queries)[:, None, :, None] & at.columns(self.keys)[:, None, None, :]
+        if self.heads is not None:
+            chosen = torch.zeros(call.n_heads, dtype=torch.bool, device=edge.device)
+            chosen[list(selection.axis(self.heads, call.n_heads, "heads"))] = True
+            edge = edge & chosen[:, None, None]
+        # Never the future: hiding what is hidden, or biasing it, would change nothing.
+        if bool(edge.any()):
+            yield Add(torch.zeros_like(edge, dtype=torch.float32).masked_fill(edge, self.value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Change a site by any function.
+
+    Attributes:
+        site: "q", "k", "v", "scores", "pattern" or "z"; shapes as in `Change`.
+        function: `function(value, call)` returns the new value, or None for the value itself,
+            changed in place or not. `call` is the `AttentionCall` before all changes; its `where`
+            has the token positions of rows and columns.
+        layers: int, negative int, slice or list; default all.
+        heads: Only these go through the function; of "k" and "v", key heads.
+
+    Example:
+        >>> with model.intervene(probe.Edit(site="z", function=lambda z, _: 0 * z, heads=[0])):
+        ...     logits = model("abcabc").logits
+    """
+
+    site: Site
+    function: Callable[[Tensor, AttentionCall], Tensor | None]
+    layers: Selector = None
+    heads: Selector = None
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES:
+            raise InputError(f"site={self.site!r}. Choose from {', '.join(SITES)}.")
+
+    def edits(self, call: AttentionCall) -> Iterable[Change]:
+        """The function, in the layers that are named."""
+        if names(self.layers, call):
+            yield Change(self.site, lambda x: self._apply(x, call), f"Edit of {self.site}")
+
+    def _apply(self, x: Tensor, call: AttentionCall) -> Tensor | None:
+        if self.heads is None:
+            return self.function(x, call)
+        dim = 1 if self.site in ("scores", "pattern") else 2
+        index = torch.tensor(selection.axis(self.heads, x.shape[dim], "heads"), device=x.device)
+        part = x.index_select(dim, index)
+        new = self.function(part, call)
+        return x.index_copy(dim, index, part if new is None else new)
+
+
+def names(layers: Selector, call: AttentionCall) -> bool:
+    """Whether a selection of layers names the layer of this call."""
+    return layers is None or call.layer in selection.axis(layers, call.n_layers, "layers")
+
+
+def where(call: AttentionCall) -> Positions:
+    """The positions of a call.
+
+    Raises:
+        InputError: They are unknown.
+    """
+    if call.where is None:
+        raise InputError(
+            f"which tokens the rows and columns of layer {call.layer} are is not known, so that "
+            "they cannot be chosen by position. Use an Edit, or a bias of your own."
+        )
+    return call.where
+
+
+def as_data(intervention: Intervention) -> dict[str, Any]:
+    """An intervention as JSON data: its class, and its fields.
+
+    Tensors and arrays become their shape and sha256, functions their name and a sha256 of their
+    code and of what they hold.
+
+    Raises:
+        InputError: It cannot be recorded.
+
+    Example:
+        >>> as_data(Bias(value=-1.0, keys=slice(2, None)))["keys"]
+        '2:'
+    """
+    if not callable(getattr(intervention, "edits", None)):
+        raise InputError(
+            f"{intervention!r:.60} is not an intervention. Give objects with a method edits(call), "
+            "such as probe.Bias and probe.Edit."
+        )
+    kind = type(intervention)
+    if not dataclasses.is_dataclass(intervention):
+        raise InputError(
+            f"a {kind.__name__} cannot be recorded with a store. Make it a frozen dataclass."
+        )
+    fields = {
+        f.name: _plain(getattr(intervention, f.name), f"{kind.__name__}.{f.name}")
+        for f in dataclasses.fields(intervention)
+    }
+    return {"kind": f"{kind.__module__}.{kind.__qualname__}", **fields}
+
+
+def _plain(value: Any, name: str) -> Any:
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if np.isfinite(value) else str(value)  # JSON knows no infinity
+    if isinstance(value, slice):
+        return selection.as_data(value)
+    if isinstance(value, Tensor | np.ndarray):
+        array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
+        return {"shape": list(array.shape), "sha256": _digest(array.tobytes())}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{name}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        items = sorted(value) if isinstance(value, set | frozenset) else value
+        return [_plain(v, name) for v in items]
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name), name) for f in dataclasses.fields(value)}
+    if isinstance(value, types.FunctionType):
+        code, held = value.__code__, [c.cell_contents for c in value.__closure__ or ()]
+        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return {
+            "function": f"{value.__module__}.{value.__qualname__}",
+            "sha256": _digest(_said(code).encode()),
+            "holds": [_plain(v, name) for v in held],
+        }
+    raise InputError(
+        f"{name} holds a {type(value).__name__}, which cannot be recorded with a store. Use "
+        "numbers, texts, tensors, and functions of these."
+    )
+
+
+def _said(code: types.CodeType) -> str:
+    """What a function does, as text that is the same in every process."""
+    consts = [_said(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return repr((code.co_code, code.co_names, consts))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,168 @@
+"""Which token each row and column of an attention call is: in padded batches, and in generation.
+
+Positions count a sequence's own tokens from 0, so they depend neither on padding nor on the batch.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probe.errors import InputError
+from probe.selection import Selector, end, parts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Positions:
+    """The tokens of an attention call, by position in their sequence; -1 for padding.
+
+    Attributes:
+        query: (batch or 1, query) int64.
+        key: (batch or 1, key) int64.
+        prompt: (batch or 1) int64, tokens in the prompt: what "last:6" and negative numbers count
+            from, also while more tokens are generated.
+
+    Example:
+        >>> row = torch.arange(3)[None]
+        >>> Positions(row, row, torch.tensor([3])).rows("last:2")
+        tensor([[False,  True,  True]])
+    """
+
+    query: Tensor
+    key: Tensor
+    prompt: Tensor
+
+    def rows(self, selector: Selector) -> Tensor:
+        """Which rows a selection names: bool (batch or 1, query). See `chosen`."""
+        return chosen(selector, self.query, self.prompt, "queries")
+
+    def columns(self, selector: Selector) -> Tensor:
+        """Which columns a selection names: bool (batch or 1, key). See `chosen`."""
+        return chosen(selector, self.key, self.prompt, "keys")
+
+    def part(self, batch: slice, length: int | None = None) -> "Positions":
+        """Those of some batch items, perhaps of their first `length` columns."""
+
+        def some(x: Tensor) -> Tensor:
+            x = x[batch] if x.shape[0] > 1 else x
+            return x if length is None else x[:, :length]
+
+        prompt = self.prompt[batch] if self.prompt.shape[0] > 1 else self.prompt
+        return Positions(some(self.query), some(self.key), prompt)
+
+
+def chosen(selector: Selector, position: Tensor, prompt: Tensor, name: str) -> Tensor:
+    """Which of these tokens a selection names.
+
+    Args:
+        selector: None for all, an int or several (of the prompt; negative ones count from its
+            end), "first:6", "last:6" (of the prompt), or a slice: one without an end goes on
+            through the tokens that are generated.
+        position: (batch or 1, n), -1 where there is none.
+        prompt: (batch or 1), tokens in the prompt.
+        name: For messages.
+
+    Returns:
+        bool (batch or 1, n); never true for padding.
+
+    Raises:
+        InputError: An int is not a position of every prompt.
+    """
+    ends = prompt[:, None]
+    if isinstance(selector, str):
+        side, n = end(selector, name)
+        start = torch.zeros_like(ends) if side == "first" else ends - n
+        return (position >= start.clamp_min(0)) & (position < torch.minimum(start + n, ends))
+    here = torch.zeros_like(position, dtype=torch.bool)
+    for part in parts(selector, name):
+        if isinstance(part, slice):
+            here = here | _between(part, position, ends)
+        else:
+            shortest = int(prompt.min())
+            if not -shortest <= part < shortest:
+                raise InputError(
+                    f"{name}={part} is out of range: a prompt of this batch has {shortest} tokens. "
+                    f"Use 0 to {shortest - 1}, or an open slice to reach tokens that are generated."
+                )
+            here = here | (position == (ends + part if part < 0 else part))
+    return here & (position >= 0)
+
+
+def _between(part: slice, position: Tensor, ends: Tensor) -> Tensor:
+    if (part.step or 1) < 0:
+        raise InputError(f"{part} counts backwards, which has no meaning here. Use a step above 0.")
+    start = part.start or 0
+    low = (ends + start).clamp_min(0) if start < 0 else torch.full_like(ends, start)
+    inside = (position >= low) & ((position - low) % (part.step or 1) == 0)
+    if part.stop is not None:
+        inside &= position < (ends + part.stop if part.stop < 0 else part.stop)
+    return inside
+
+
+class Ruler:
+    """Knows which tokens a model reads, from the inputs of each of its forwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._signature = inspect.signature(type(model).forward)
+        self._known = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.prompt: Tensor | None = None  # set it to say how much of each input is the prompt
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the last inputs."""
+        self._position: Tensor | None = None  # (batch, past + new), -1 for padding
+        self._lengths = torch.zeros(1, dtype=torch.long)
+        self._new = 0
+        self._cache: Callable[[], object] = lambda: None
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take the inputs of a forward: its mask, or the position ids beside a ready 4-D mask."""
+        given = self._signature.bind(None, *args, **kwargs).arguments
+        given |= given.get("kwargs", {})
+        inputs = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+        tokens = next((x for x in inputs if isinstance(x, Tensor)), None)
+        if tokens is None or not self._known:
+            self._position = None
+            return
+        cache = given.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        goes_on = past > 0 and self._cache() is cache
+        real = _tokens(given, tokens, past, self._position if goes_on else None)
+        self._position = (real.long().cumsum(1) - 1).masked_fill(~real, -1)
+        self._new = tokens.shape[1]
+        if not goes_on:
+            self._lengths = real.sum(1)
+            self._cache = (lambda: None) if cache is None else weakref.ref(cache)
+
+    def place(self, n_queries: int, n_keys: int, device: torch.device) -> Positions | None:
+        """The positions of a call with so many rows and columns; None where they are unknown.
+
+        Sliding caches keep the last columns only, static ones have columns without a token yet.
+        """
+        if self._position is None or n_queries != self._new:
+            return None
+        total = self._position.shape[1]
+        position = self._position.to(device)
+        key = position[:, max(0, total - n_keys) :]
+        key = nn.functional.pad(key, (0, n_keys - key.shape[1]), value=-1)
+        prompt = self._lengths if self.prompt is None else self.prompt
+        return Positions(position[:, total - n_queries :], key, prompt.to(device))
+
+
+def _tokens(given: Mapping[str, Any], tokens: Tensor, past: int, before: Tensor | None) -> Tensor:
+    """Which columns are tokens and not padding: bool (batch, past + new)."""
+    batch, new = tokens.shape[:2]
+    mask, ids = given.get("attention_mask"), given.get("position_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= past + new:
+        return mask[:, : past + new].bool()
+    real = torch.ones(batch, past + new, dtype=torch.bool, device=tokens.device)
+    if before is not None and before.shape[1] == past:
+        real[:, :past] = before >= 0
+    elif isinstance(mask, Tensor | Mapping) and isinstance(ids, Tensor) and not past:
+        # On the left, padding repeats position 0 until the first token has it.
+        real[:, :-1] = (ids[:, :-1] != 0) | (ids[:, 1:] != 0)
+    return real
