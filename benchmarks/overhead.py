@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import probe
-from probe.capturing import read
+from probe.reading import read
 
 ROWS = 32
 

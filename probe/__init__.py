@@ -14,6 +14,7 @@ from probe.problems import Problem, Problems, problems
 if TYPE_CHECKING:
     from probe.attention import AttentionCall
     from probe.capturing import capture
+    from probe.interventions import Bias, Edit, Intervention
     from probe.model import Model, load
     from probe.planning import Plan, plan
     from probe.schema import valid
@@ -23,6 +24,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AttentionCall": "attention",
+    "Bias": "interventions",
+    "Edit": "interventions",
+    "Intervention": "interventions",
     "Model": "model",
     "Plan": "planning",
     "capture": "capturing",
@@ -34,7 +38,10 @@ _HOME = {
 
 __all__ = [
     "AttentionCall",
+    "Bias",
+    "Edit",
     "InputError",
+    "Intervention",
     "Model",
     "Plan",
     "ProbeError",

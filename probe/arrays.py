@@ -31,8 +31,8 @@ def lengths(
         "problem": len(labels),
         "layer": len(layers),
         "head": len(heads),
-        "query": max(1, *(len(one.query_position) for one in labels)),
-        "key": max(1, *(len(one.key_position) for one in labels)),
+        "query": max(more.get("query", 1), *(len(one.query_position) for one in labels)),
+        "key": max(more.get("key", 1), *(len(one.key_position) for one in labels)),
     }
     for name, array in arrays.items():
         if array.dims[:1] != ("problem",) or name in schema.COLUMNS or name in schema.INDEXES:

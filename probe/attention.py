@@ -92,6 +92,16 @@ class AttentionCall:
         return self.query.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of scores and patterns: float32, or float64 where the query is."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, head, query, key) of scores and patterns."""
+        return self.query.shape[0], self.n_heads, self.n_queries, self.n_keys
+
+    @property
     def n_heads(self) -> int:
         """Query heads."""
         return self.query.shape[1]

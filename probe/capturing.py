@@ -4,27 +4,24 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy.typing as npt
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from probe import store as stores
-from probe.attention import Site
 from probe.disk import size
-from probe.envoys import AttentionEnvoy
 from probe.errors import InputError, ProbeError, StoreError
-from probe.matrices import Readable
+from probe.interventions import Intervention
 from probe.model import Model
-from probe.planning import Item, Plan, plan
+from probe.planning import Plan, plan
+from probe.reading import Reading, read
+from probe.schema import Site
 from probe.selection import Selector
-from probe.tap import run
 
 log = logging.getLogger("probe")
 
@@ -39,9 +36,11 @@ def capture(
     heads: Selector = None,
     queries: Selector = None,
     keys: Selector = None,
+    interventions: Sequence[Intervention] = (),
     dtype: str = "float16",
     batch_size: int | None = None,
     max_length: int | None = None,
+    max_new_tokens: int = 0,
     on_error: Literal["record", "raise"] = "record",
     overwrite: bool = False,
     progress: bool = True,
@@ -57,15 +56,21 @@ def capture(
         model: From `probe.load`; it runs in eval mode.
         problems: Anything that `probe.problems` reads.
         store: Folder of the store.
-        sites: "pattern" (probabilities), "scores" (before the softmax), or both.
+        sites: Of "pattern" (probabilities), "scores" (before the softmax), and "z" (each head's
+            output before the output projection).
         layers: int, negative int, slice or list; default all.
         heads: Query heads, likewise.
         queries: Rows, likewise, or "last:6", "first:6", "segment:text".
         keys: Columns, likewise.
+        interventions: What to change: see `Model.intervene`. They are recorded as data. What is
+            stored is what the model then did.
         dtype: "float16" or "float32".
         batch_size: Problems in a batch at most. A problem's numbers do not depend on it beyond the
             rounding of the model's own kernel (about 1e-6 in float32, a few percent in bfloat16).
         max_length: Longer problems are cut to so many tokens.
+        max_new_tokens: Let the model go on greedily, so many tokens at most. The new tokens have
+            rows and columns like the others, and the segment "generated"; selections apply to the
+            whole sequence, which is read in one forward. `loss` stays that of the problem.
         on_error: What to do with a problem on which the model fails: "record" it with its reason
             (status 2) and go on, or "raise".
         overwrite: Replace a store that is there.
@@ -97,6 +102,8 @@ def capture(
         dtype=dtype,
         batch_size=batch_size,
         max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        interventions=interventions,
     )
     path = Path(store).expanduser()
     with ExitStack() as stack:
@@ -127,7 +134,8 @@ def capture(
                     writer.fail(index, outcome)
                 else:
                     arrays = {site: [array] for site, array in outcome.arrays.items()}
-                    writer.append([index], arrays, loss=[outcome.loss])
+                    new = None if outcome.labels is None else [outcome.labels]
+                    writer.append([index], arrays, loss=[outcome.loss], labels=new)
                     del arrays
                 first.clear()
                 del outcome  # or it would stay in memory while the next batch is read
@@ -154,6 +162,7 @@ def _create(model: Model, todo: Plan, path: Path, overwrite: bool) -> stores.Wri
         heads=todo.heads,
         config=todo.config,
         sites=todo.sites,
+        sizes=todo.sizes | {"head_dim": model.tap.value_dim},
         dtype=todo.dtype,
         attrs=todo.attrs,
         overwrite=overwrite,
@@ -171,19 +180,6 @@ def _reading(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes.items():
             m.training = training
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What was read of one problem.
-
-    Attributes:
-        arrays: For each site (layer, head, query, key), in the dtype that is stored.
-        loss: Mean next-token negative log-likelihood in nats; NaN for one token or without logits.
-    """
-
-    arrays: dict[str, npt.NDArray[Any]]
-    loss: float
 
 
 def _outcomes(
@@ -220,112 +216,6 @@ def _outcomes(
             proven = True
             yield from zip(batch, readings, strict=True)
             del readings
-
-
-def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list[Reading]:
-    """One forward over some problems of a plan; nothing is written.
-
-    Args:
-        model: The model, in eval mode, without gradients.
-        todo: The plan.
-        batch: Indices of its problems.
-        proof: Whether to prove each layer: see `probe.proof`.
-
-    Returns:
-        What was read, one for each problem.
-
-    Raises:
-        WiringError: The proof failed.
-        FloatingPointError: The model's loss is not finite.
-    """
-    items = [todo.items[i] for i in batch]
-    groups = list(_alike(items))
-    size = (len(todo.layers), len(todo.heads))
-    dtype = getattr(torch, todo.dtype)
-    out = [
-        {
-            site: torch.empty(len(g), *size, len(g[0].queries), len(g[0].keys), dtype=dtype)
-            for site in todo.sites
-        }
-        for _, g in groups
-    ]
-    heads = None if todo.heads == tuple(range(model.n_heads)) else todo.heads
-
-    def visit(layer: int, attention: AttentionEnvoy) -> None:
-        seen = attention.seen
-        place = todo.layers.index(layer)
-        for (where, alike), arrays in zip(groups, out, strict=True):
-            first = alike[0]
-            part = seen.cut(where, first.length)
-            for site, array in arrays.items():
-                _fill(part, site, array[:, place], first, heads)
-
-    layers = tuple(sorted(todo.layers))
-    output = run(model.tap, visit, _inputs(model, items), layers=layers, proof=proof)
-    losses = _losses(getattr(output, "logits", None), items)
-    arrays: list[dict[str, npt.NDArray[Any]]] = [
-        {str(site): array[n].numpy() for site, array in group.items()}
-        for group, (_, alike) in zip(out, groups, strict=True)
-        for n in range(len(alike))
-    ]
-    return [Reading(one, loss) for one, loss in zip(arrays, losses, strict=True)]
-
-
-def _alike(items: Sequence[Item]) -> Iterator[tuple[slice, list[Item]]]:
-    """Neighbours in a batch with the same length, rows and columns: they are read as one."""
-    start = 0
-    for _, group in groupby(items, key=lambda item: (item.length, item.queries, item.keys)):
-        alike = list(group)
-        yield slice(start, start + len(alike)), alike
-        start += len(alike)
-
-
-def _fill(
-    seen: Readable, site: Site, out: Tensor, item: Item, heads: tuple[int, ...] | None
-) -> None:
-    """Compute a layer where the model is, and bring it home in one piece."""
-    everything = tuple(range(item.length))
-    queries = None if item.queries == everything else item.queries
-    keys = None if item.keys == everything else item.keys
-    here = out if seen.device == out.device else torch.empty_like(out, device=seen.device)
-    seen.fill(here, site, queries=queries, keys=keys, heads=heads)
-    if here is not out:
-        out.copy_(here)
-
-
-def _inputs(model: Model, items: Sequence[Item]) -> dict[str, Any]:
-    """A right-padded batch.
-
-    A causal model needs no mask for it, since no token sees the padding after it, and without a
-    mask its kernel keeps the fast causal path. Each row is padded with its own last token.
-    """
-    longest = max(item.length for item in items)
-    rows = [[*i.token_ids, *[i.token_ids[-1]] * (longest - i.length)] for i in items]
-    inputs: dict[str, Any] = {"input_ids": torch.tensor(rows, device=model.device)}
-    if not model.tap.causal:
-        lengths = torch.tensor([item.length for item in items], device=model.device)
-        inputs["attention_mask"] = (
-            torch.arange(longest, device=model.device) < lengths[:, None]
-        ).long()
-    return inputs | {"use_cache": False}
-
-
-def _losses(logits: Tensor | None, items: Sequence[Item]) -> list[float]:
-    """Mean next-token loss of each problem in nats, summed in float32 or wider."""
-    if logits is None:
-        return [float("nan")] * len(items)
-    losses = []
-    for row, item in zip(logits, items, strict=True):
-        if not bool(row[: item.length].isfinite().all()):
-            raise FloatingPointError(
-                "the model's logits are not finite: its dtype may overflow. Load it in float32"
-            )
-        targets = torch.tensor(item.token_ids[1:], dtype=torch.long, device=row.device)
-        each = nn.functional.cross_entropy(
-            row[: item.length - 1].float(), targets, reduction="none"
-        )
-        losses.append(float(each.double().mean()))
-    return losses
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -16,6 +16,12 @@ class Readable(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+
     def scores(
         self, *, queries: Index = None, keys: Index = None, heads: Index = None
     ) -> Tensor: ...
@@ -53,6 +59,17 @@ class Matrices:
     def device(self) -> torch.device:
         """Where the numbers are."""
         return self.full["pattern"].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+        return self.full["pattern"].dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, head, query, key)."""
+        batch, heads, rows, keys = self.full["pattern"].shape
+        return batch, heads, rows, keys
 
     def scores(self, *, queries: Index = None, keys: Index = None, heads: Index = None) -> Tensor:
         """As `AttentionCall.scores`."""

@@ -2,9 +2,10 @@
 
 import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -13,12 +14,20 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from probe import demos
+from probe import demos, selection
+from probe.cache import Cache, Recorded, record
 from probe.errors import InputError, UnsupportedModelError
 from probe.fingerprint import fingerprint
+from probe.hooks import HookFunction, Name, resolve
+from probe.hooks import hooks as make_hooks
 from probe.interface import vocabulary_size
+from probe.interventions import Intervention, Site
+from probe.loss import next_token_nll
+from probe.schema import Labels
+from probe.selection import Selector
 from probe.tap import Tap
 
+ReturnType = Literal["logits", "loss", "both"] | None
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
 
 
@@ -152,6 +161,231 @@ class Model:
         with self.tap.watch.lock:
             return self.module(**self.batch(inputs), **kwargs)
 
+    @contextmanager
+    def intervene(self, *interventions: Intervention) -> Iterator["Model"]:
+        """Change attention in every forward of this model inside the `with` block.
+
+        That is `model(...)`, `model.generate(...)`, `probe.capture`, traces of `model.envoy`, a
+        training step. Contexts may be nested: the outer interventions act first. Other threads
+        that use this model wait.
+
+        Args:
+            interventions: `probe.Bias`, `probe.Edit`, those of the recipes, or any object with
+                `edits(call)`: see `probe.interventions`, also for the order in which they act.
+
+        Raises:
+            InputError: Something is not an intervention.
+
+        Example:
+            >>> with model.intervene(probe.Bias(value=-1.0, keys="last:2")):
+            ...     text = model.generate("abc", max_new_tokens=2)
+        """
+        for one in interventions:
+            if not callable(getattr(one, "edits", None)):
+                raise InputError(
+                    f"{one!r:.60} is not an intervention. Give objects with a method edits(call), "
+                    "such as probe.Bias(...)."
+                )
+        self.tap.check()
+        with self.tap.watch.on(*interventions):
+            yield self
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Iterable[tuple[Name, HookFunction]] = (),
+        bwd_hooks: Iterable[tuple[Name, HookFunction]] = (),
+    ) -> Iterator["Model"]:
+        """Put functions on attention inside the `with` block, as TransformerLens does.
+
+        Args:
+            fwd_hooks: Pairs (name, function): `function(tensor, hook)` returns a new tensor, or
+                None for the tensor itself, changed in place or only looked at. Names, tuples,
+                regular expressions and filters: see `probe.hooks.resolve`; shapes: see
+                `probe.interventions.Change`. A hook on scores or pattern computes them in full in
+                its layer; the model leaves its own kernel there only if they are changed.
+            bwd_hooks: Likewise for gradients; a returned tensor replaces the gradient. A site
+                with a backward hook is computed on the model's path.
+
+        Example:
+            >>> def first_head_off(pattern, hook):
+            ...     pattern[:, 0] = 0
+            >>> with model.hooks([("blocks.1.attn.hook_pattern", first_head_off)]):
+            ...     logits = model("abcabc").logits
+        """
+        with self.intervene(make_hooks(fwd_hooks, bwd_hooks, self.layers)):
+            yield self
+
+    def run_with_hooks(
+        self,
+        inputs: Inputs,
+        fwd_hooks: Iterable[tuple[Name, HookFunction]] = (),
+        bwd_hooks: Iterable[tuple[Name, HookFunction]] = (),
+        return_type: ReturnType = "logits",
+    ) -> Any:
+        """One forward under hooks: see `hooks`.
+
+        Args:
+            inputs: As for `batch`.
+            fwd_hooks: Pairs (name, function).
+            bwd_hooks: Likewise; they are called when you call `backward`.
+            return_type: "logits" (batch, position, vocabulary); "loss", the mean next-token loss
+                over all tokens in nats, padding left out; "both"; or None.
+
+        Example:
+            >>> model.run_with_hooks("abc", [(("z", 0), lambda z, hook: 0 * z)]).shape
+            torch.Size([1, 4, 67])
+        """
+        with self.hooks(fwd_hooks, bwd_hooks):
+            batch = self.batch(inputs)
+            return self._returned(self.module(**batch), batch, return_type)
+
+    def run_with_cache(
+        self,
+        inputs: Inputs,
+        sites: Site | Sequence[Site] = ("pattern", "scores", "z"),
+        *,
+        layers: Selector = None,
+        heads: Selector = None,
+        queries: Selector = None,
+        keys: Selector = None,
+        names_filter: Name | None = None,
+        return_type: ReturnType = "logits",
+    ) -> tuple[Any, Cache]:
+        """One forward that keeps activations; the model stays on its own kernel.
+
+        Only what is asked is computed. Inside `hooks` and `intervene` it shows the changed values.
+
+        Args:
+            inputs: As for `batch`.
+            sites: Of "pattern", "scores", "z", "q", "k", "v".
+            layers: int, negative int, slice or list; default all.
+            heads: Query heads, likewise.
+            queries: Rows by token position, likewise, or "last:6"; default all, padding included.
+            keys: Columns, likewise.
+            names_filter: Instead of sites and layers: a name, a regular expression, ...: see
+                `probe.hooks.resolve`.
+            return_type: As for `run_with_hooks`.
+
+        Returns:
+            (logits, cache): see `probe.cache.Cache`. Gradients flow from the cache to the model.
+
+        Raises:
+            InputError: Something cannot be selected.
+
+        Example:
+            >>> logits, cache = model.run_with_cache("abcabc", layers=-1, queries="last:1")
+            >>> cache["pattern", -1].shape
+            torch.Size([1, 4, 1, 7])
+        """
+        if names_filter is not None:
+            places = resolve(names_filter, self.layers)
+        else:
+            chosen = (sites,) if isinstance(sites, str) else tuple(sites)
+            places = [p for site in chosen for p in resolve((site, layers), self.layers)]
+        absolute = selection.axis(heads, self.n_heads, "heads")
+        self.tap.check()
+        batch = self.batch(inputs)
+        found = record(
+            self.tap,
+            batch,
+            places,
+            heads=None if heads is None else absolute,
+            queries=queries,
+            keys=keys,
+        )
+        output = self._returned(found.output, batch, return_type)
+        return output, self._cache(found, batch, absolute)
+
+    def _cache(self, found: Recorded, batch: Mapping[str, Any], heads: Sequence[int]) -> Cache:
+        real = [[c for c, p in enumerate(each) if p >= 0] for each in found.positions]
+        rows, columns = found.queries or real, found.keys or real
+        labels = []
+        for item, positions in enumerate(found.positions):
+            ids = [int(batch["input_ids"][item, c]) for c in columns[item]]
+            segments = self.segments([int(batch["input_ids"][item, c]) for c in real[item]])
+            labels.append(
+                Labels(
+                    id=str(item),
+                    length=len(real[item]),
+                    query_position=[positions[c] for c in rows[item]],
+                    key_position=[positions[c] for c in columns[item]],
+                    token=self.decode(ids),
+                    token_id=ids,
+                    segment=[segments[positions[c]] for c in columns[item]],
+                )
+            )
+        chosen = found.queries, found.keys
+        rows, columns = (
+            side if some is None else [range(len(own)) for own in some]
+            for side, some in zip((real, real), chosen, strict=True)
+        )
+        attrs = {"model": self.name, "causal": self.tap.causal}
+        return Cache(found.tensors, self.layers, heads, labels, rows, columns, attrs)
+
+    def _returned(self, output: Any, batch: Mapping[str, Any], return_type: ReturnType) -> Any:
+        """What a forward is asked to return."""
+        if return_type is None:
+            return None
+        logits = output.logits
+        if return_type == "logits":
+            return logits
+        if return_type not in ("loss", "both"):
+            raise InputError(f"return_type={return_type!r}. Choose logits, loss, both or None.")
+        ids = batch["input_ids"]
+        real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+        each = [next_token_nll(x[r], i[r]) for x, i, r in zip(logits, ids, real, strict=True)]
+        loss = torch.cat(each).mean()
+        return loss if return_type == "loss" else (logits, loss)
+
+    def generate(self, inputs: Inputs, **kwargs: Any) -> Any:
+        """The model's own `generate`, on text, texts, token ids or what a tokenizer returns.
+
+        Under `intervene` and `hooks` each step is changed, at the token positions of the whole
+        sequence. Batches are padded on the left.
+
+        Args:
+            inputs: As for `batch`.
+            kwargs: As for transformers, as `max_new_tokens=20, do_sample=False`.
+
+        Returns:
+            Token ids (batch, position), the prompt included, or what `return_dict_in_generate`
+            asks for.
+
+        Example:
+            >>> model.generate("abc", max_new_tokens=2, do_sample=False).shape
+            torch.Size([1, 6])
+        """
+        generate: Any = getattr(self.module, "generate", None)
+        if generate is None:
+            raise InputError(
+                f"{type(self.module).__name__} has no method generate. Call the model step by step."
+            )
+        batch = self.batch(inputs, side="left")
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
+            raise InputError(
+                "these inputs are padded on the right, behind which nothing can be generated. Set "
+                "tokenizer.padding_side = 'left', or give texts or lists of token ids."
+            )
+        if not isinstance(inputs, Mapping):
+            batch.pop("position_ids", None)  # generate counts them itself
+        with self.tap.watch.lock:
+            return generate(**{"pad_token_id": self.padding} | batch | kwargs)
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Token ids that end what is generated."""
+        config = getattr(self.base, "generation_config", None) or self.base.config
+        stop = getattr(config, "eos_token_id", None)
+        return frozenset([stop] if isinstance(stop, int) else stop or ())
+
+    def segments(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """What each token of a problem is: "bos" for a first token that is one, else "text"."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        first = "bos" if bos is not None and token_ids[0] == bos else "text"
+        return (first, *["text"] * (len(token_ids) - 1))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds."""
         if self.tokenizer is None:
@@ -180,13 +414,14 @@ class Model:
         twice = self.tokenizer.decode([token, token])
         return str(twice[len(once) :] if twice.startswith(once) else once)
 
-    def batch(self, inputs: Inputs) -> dict[str, Tensor]:
+    def batch(self, inputs: Inputs, *, side: str | None = None) -> dict[str, Tensor]:
         """Inputs as the model takes them: padded, masked, and with positions where padding shifts.
 
         Args:
             inputs: A text, texts, token ids (one list or several), a tensor of them, or the dict
                 that a tokenizer returns (used as it is; on the left, padding also needs
                 position_ids, which are added where the model takes them).
+            side: "left" or "right", where to pad; default the tokenizer's.
 
         Returns:
             input_ids (batch, position), attention_mask of the same shape, perhaps position_ids.
@@ -214,7 +449,8 @@ class Model:
             raise InputError(f"input {inputs!r:.60} holds no tokens. Give at least one.")
         for row in ids:
             self.check(row)
-        return self._positioned(pad(ids, self.padding, side=self.padding_side, device=self.device))
+        side = side or self.padding_side
+        return self._positioned(pad(ids, self.padding, side=side, device=self.device))
 
     def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What a tokenizer returns, with or without return_tensors, on the model's device."""

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 
 from probe import selection
-from probe.attention import Site
-from probe.disk import size
+from probe.attention import Site as MatrixSite
+from probe.disk import size as readable
 from probe.errors import InputError
+from probe.interventions import Intervention, as_data
 from probe.model import Model
 from probe.problems import Problem, Problems
 from probe.problems import problems as read_problems
-from probe.schema import TINY_CELLS, Labels
+from probe.schema import TINY_CELLS, Labels, Site
 from probe.selection import Selector
 
-SITES: tuple[Site, ...] = ("pattern", "scores")
+SITES: tuple[Site, ...] = ("pattern", "scores", "z")
 
 # Batches are made inside windows of so many problems, so that shards fill one after the other.
 _WINDOW = 512
@@ -30,7 +31,10 @@ _BATCH_BYTES = 1 << 29
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A problem made ready: its tokens, and which of them are stored as rows and columns."""
+    """A problem made ready: its tokens, and which of them are stored as rows and columns.
+
+    While tokens are still to be generated, rows and columns count them as if all were.
+    """
 
     problem: Problem
     token_ids: tuple[int, ...]
@@ -45,15 +49,17 @@ class Item:
 
     def labels(self, model: Model) -> Labels:
         """What the store says about its rows and columns."""
-        ids = [self.token_ids[k] for k in self.keys]
+        # Before they are generated, tokens have no labels.
+        keys = [k for k in self.keys if k < self.length]
+        ids = [self.token_ids[k] for k in keys]
         return Labels(
             id=self.problem.id,
             length=self.length,
-            query_position=self.queries,
-            key_position=self.keys,
+            query_position=[q for q in self.queries if q < self.length],
+            key_position=keys,
             token=model.decode(ids),
             token_id=ids,
-            segment=[self.segments[k] for k in self.keys],
+            segment=[self.segments[k] for k in keys],
         )
 
 
@@ -63,10 +69,15 @@ class Plan:
 
     Attributes:
         items: The problems, in the order of the store.
-        sites: "pattern", "scores".
+        sites: "pattern", "scores", "z".
         layers: Absolute layers.
         heads: Absolute query heads.
         dtype: Of the stored numbers.
+        interventions: What is changed.
+        max_new_tokens: How many the model generates at most.
+        queries: Rows, as they were selected.
+        keys: Columns, likewise.
+        z_width: Numbers of a head's output.
         config: All that shapes the numbers, as JSON data; a store resumes only under the same.
         attrs: What else the store records.
         batches: Indices of the problems that run together, the same whenever a run is resumed.
@@ -79,6 +90,11 @@ class Plan:
     layers: tuple[int, ...]
     heads: tuple[int, ...]
     dtype: str
+    interventions: tuple[Intervention, ...]
+    max_new_tokens: int
+    queries: Selector
+    keys: Selector
+    z_width: int
     config: Mapping[str, Any] = field(repr=False)
     attrs: Mapping[str, Any] = field(repr=False)
     batches: tuple[tuple[int, ...], ...] = field(repr=False)
@@ -98,9 +114,25 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Bytes of the stored matrices before compression, without padding."""
-        cells = sum(len(item.queries) * len(item.keys) for item in self.items)
+        squares = sum(len(item.queries) * len(item.keys) for item in self.items)
+        cells = squares * len(self.matrices)
+        if "z" in self.sites:
+            cells += sum(len(item.queries) for item in self.items) * self.z_width
         width = 2 if self.dtype == "float16" else 4
-        return cells * len(self.layers) * len(self.heads) * len(self.sites) * width
+        return cells * len(self.layers) * len(self.heads) * width
+
+    @property
+    def matrices(self) -> tuple[MatrixSite, ...]:
+        """The sites that are matrices."""
+        return tuple(site for site in self.sites if site != "z")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows and columns of the largest problem, with all that it may generate."""
+        return {
+            "query": max(len(item.queries) for item in self.items),
+            "key": max(len(item.keys) for item in self.items),
+        }
 
     @property
     def stored(self) -> int:
@@ -116,8 +148,8 @@ class Plan:
             f"{len(self.items)} problems, {self.tokens} tokens (longest {longest}), "
             f"{len(self.batches)} batches\n"
             f"{' + '.join(self.sites)}: {len(self.layers)} layers x {len(self.heads)} heads x "
-            f"up to {widest} rows, {self.dtype}: {self.rows} rows, {size(self.bytes)} "
-            f"({size(self.stored)} expected on disk)\n"
+            f"up to {widest} rows, {self.dtype}: {self.rows} rows, {readable(self.bytes)} "
+            f"({readable(self.stored)} expected on disk)\n"
             f"at least {self.seconds:.1f} s of model time on this machine"
         )
 
@@ -134,6 +166,8 @@ def plan(
     dtype: str = "float16",
     batch_size: int | None = None,
     max_length: int | None = None,
+    max_new_tokens: int = 0,
+    interventions: Sequence[Intervention] = (),
 ) -> Plan:
     """Work out what `capture` with these arguments would compute and write; nothing is run.
 
@@ -142,7 +176,7 @@ def plan(
     Args:
         model: The model.
         problems: Anything that `probe.problems` reads.
-        sites: "pattern", "scores", or both.
+        sites: Of "pattern", "scores" and "z".
         layers: int, negative int, slice or list; default all.
         heads: Query heads, likewise.
         queries: Rows, likewise, or "last:6", "first:6", "segment:text".
@@ -150,6 +184,8 @@ def plan(
         dtype: "float16" or "float32".
         batch_size: Problems in a batch at most; default as many as keep a batch small.
         max_length: Longer problems are cut to so many tokens.
+        max_new_tokens: The model goes on greedily, so many tokens at most.
+        interventions: What is changed: see `Model.intervene`.
 
     Raises:
         InputError: Something cannot be used; the message names the problem and the value.
@@ -165,8 +201,10 @@ def plan(
     model.tap.check()
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
     _check(sites, dtype, batch_size, max_length)
+    _check_new(model, max_new_tokens)
     source = read_problems(problems)
-    items = tuple(_item(model, p, queries, keys, max_length) for p in source)
+    ready = (model, queries, keys, max_length, max_new_tokens)
+    items = tuple(_item(problem, *ready) for problem in source)
     chosen_layers = _layers(model, layers)
     chosen_heads = selection.axis(heads, model.n_heads, "heads")
     config = {
@@ -176,7 +214,8 @@ def plan(
             "dtype": str(model.base.dtype).removeprefix("torch."),
             "attn_implementation": model.tap.implementation,
         },
-        "interventions": [],
+        # Those of a `with model.intervene(...)` around the run shape its numbers too.
+        "interventions": [as_data(i) for i in (*model.tap.watch.interventions, *interventions)],
         "tokens_sha256": _digest([[i.problem.id, list(i.token_ids)] for i in items]),
         "sites": list(sites),
         "layers": list(chosen_layers),
@@ -184,10 +223,13 @@ def plan(
         "queries": selection.as_data(queries),
         "keys": selection.as_data(keys),
         "max_length": max_length,
+        "max_new_tokens": max_new_tokens,
         "dtype": dtype,
         # In 16 bits a kernel rounds visibly differently in another batch.
         "batch_size": batch_size if model.base.dtype.itemsize < 4 else None,
     }
+    equal = _length_matters(model)
+    size = 1 if equal and max_new_tokens else batch_size  # how long they will get is not known
     cell_bytes = len(chosen_layers) * len(chosen_heads) * len(sites) * 4
     return Plan(
         items=items,
@@ -195,9 +237,14 @@ def plan(
         layers=chosen_layers,
         heads=chosen_heads,
         dtype=dtype,
+        interventions=tuple(interventions),
+        max_new_tokens=max_new_tokens,
+        queries=queries,
+        keys=keys,
+        z_width=model.tap.value_dim,
         config=config,
         attrs=_story(model, source, config),
-        batches=tuple(_batches(items, batch_size, cell_bytes, equal=_length_matters(model))),
+        batches=tuple(_batches(items, size, cell_bytes, equal=equal)),
         seconds=_seconds(model, items),
     )
 
@@ -213,8 +260,23 @@ def _check(sites: Sequence[str], dtype: str, batch: int | None, length: int | No
             raise InputError(f"{name}={value!r}. It must be an int of at least 1.")
 
 
+def _check_new(model: Model, max_new_tokens: object) -> None:
+    if type(max_new_tokens) is not int or max_new_tokens < 0:
+        raise InputError(f"max_new_tokens={max_new_tokens!r}. It must be an int of at least 0.")
+    if max_new_tokens and not hasattr(model.module, "generate"):
+        raise InputError(
+            f"max_new_tokens={max_new_tokens}, and {type(model.module).__name__} has no method "
+            "generate. Generate yourself, and capture the whole sequences."
+        )
+
+
 def _item(
-    model: Model, problem: Problem, queries: Selector, keys: Selector, max_length: int | None
+    problem: Problem,
+    model: Model,
+    queries: Selector,
+    keys: Selector,
+    max_length: int | None,
+    new: int,
 ) -> Item:
     ids = problem.token_ids or tuple(model.encode(problem.text or ""))
     ids = tuple(ids[:max_length])
@@ -223,14 +285,29 @@ def _item(
             f"problem {problem.id!r} has no tokens: its text is {problem.text!r}. Remove it."
         )
     model.check(ids, what=f"problem {problem.id!r}")
-    bos = getattr(model.tokenizer, "bos_token_id", None)
-    first = "bos" if bos is not None and ids[0] == bos else "text"
-    segments = (first, *["text"] * (len(ids) - 1))
-    chosen = (
-        selection.positions(which, len(ids), segments, name=name, problem=problem.id)
-        for name, which in (("queries", queries), ("keys", keys))
-    )
+    if model.context is not None and len(ids) + new > model.context:
+        raise InputError(
+            f"problem {problem.id!r} has {len(ids)} tokens, and with max_new_tokens={new} it would "
+            f"pass the context of {model.name}, {model.context}. Take fewer."
+        )
+    segments = model.segments(ids)
+    chosen = _selected(problem, (*segments, *["generated"] * new), queries, keys)
     return Item(problem, ids, segments, *chosen)
+
+
+def _selected(
+    problem: Problem, segments: Sequence[str], queries: Selector, keys: Selector
+) -> Iterator[tuple[int, ...]]:
+    """The rows and the columns that are stored of a sequence."""
+    for name, which in (("queries", queries), ("keys", keys)):
+        yield selection.positions(which, len(segments), segments, name=name, problem=problem.id)
+
+
+def continued(todo: Plan, item: Item, new: Sequence[int]) -> Item:
+    """A problem with the tokens that the model generated after it."""
+    segments = (*item.segments, *["generated"] * len(new))
+    chosen = _selected(item.problem, segments, todo.queries, todo.keys)
+    return Item(item.problem, (*item.token_ids, *new), segments, *chosen)
 
 
 def _layers(model: Model, layers: Selector) -> tuple[int, ...]:

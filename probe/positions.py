@@ -109,7 +109,9 @@ class Ruler:
     def __init__(self, model: nn.Module) -> None:
         self._signature = inspect.signature(type(model).forward)
         self._known = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        self.prompt: Tensor | None = None  # set it to say how much of each input is the prompt
+        # Set them to say how much of each input is the prompt, and how much is not padding.
+        self.prompt: Tensor | None = None
+        self.length: Tensor | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -131,7 +133,10 @@ class Ruler:
         cache = given.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         goes_on = past > 0 and self._cache() is cache
-        real = _tokens(given, tokens, past, self._position if goes_on else None)
+        if self.length is None:
+            real = _tokens(given, tokens, past, self._position if goes_on else None)
+        else:
+            real = torch.arange(tokens.shape[1]) < self.length[:, None]
         self._position = (real.long().cumsum(1) - 1).masked_fill(~real, -1)
         self._new = tokens.shape[1]
         if not goes_on:

@@ -97,7 +97,8 @@ def create(
         config: Everything that shapes the numbers, as JSON data; `resume` compares it.
         sites: Any of "pattern", "scores", "z".
         reduced: Further float32 arrays by name, each with its dims, "problem" first; empty is NaN.
-        sizes: Lengths of dims other than problem, layer, head, query and key, as `head_dim` for z.
+        sizes: Lengths of dims other than problem, layer and head, as `head_dim` for z. query and
+            key may be longer than any problem is now, for tokens that are generated later.
         dtype: Of the sites, "float16" or "float32".
         loss: Whether to keep a loss per problem.
         attrs: More to record. `versions` is merged with those of numpy, xarray and zarr;

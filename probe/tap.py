@@ -34,6 +34,7 @@ class Tap:
         causal: Whether no layer sees the future.
         n_heads: Query heads per layer.
         n_kv_heads: Key heads per layer.
+        value_dim: Numbers of a head's output, z.
         watch: Who watches and edits the attention now.
 
     Raises:
@@ -60,6 +61,7 @@ class Tap:
                 prove(call, z, causal=bool(getattr(caller, "is_causal", False)))
             attention = numbered(heard)
             self.n_heads, self.n_kv_heads = _heads([call for _, call, _ in heard])
+            self.value_dim = heard[0].z.shape[-1]
             self.causal = not any(bool(call.keep().triu(1).any()) for _, call, _ in heard)
             model = next(iter(self._implementations))
             self.watch = Watch(model, max(attention) + 1, causal=self.causal)

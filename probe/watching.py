@@ -43,15 +43,22 @@ class Watch:
         self._marks: weakref.WeakSet[_Token] = weakref.WeakSet()
 
     @contextmanager
-    def on(self, *interventions: Intervention, prompt: Tensor | None = None) -> Iterator[None]:
+    def on(
+        self,
+        *interventions: Intervention,
+        prompt: Tensor | None = None,
+        length: Tensor | None = None,
+    ) -> Iterator[None]:
         """Watch every forward of the model while this is entered; contexts may be nested.
 
         Args:
             interventions: Act after those of the contexts around this one.
             prompt: (batch), tokens of each input that are its prompt; default all.
+            length: (batch), tokens of each input, where it is padded on the right without a mask.
         """
         with self.lock:
-            outside = self.interventions, self.ruler.prompt
+            ruler = self.ruler
+            outside = self.interventions, ruler.prompt, ruler.length
             if self._depth == 0:
                 handles = (
                     self._model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -60,15 +67,16 @@ class Watch:
                 self._thread = threading.get_ident()
             self._depth += 1
             self.interventions = (*self.interventions, *interventions)
-            self.ruler.prompt = self.ruler.prompt if prompt is None else prompt
+            ruler.prompt = ruler.prompt if prompt is None else prompt
+            ruler.length = ruler.length if length is None else length
             try:
                 yield
             finally:
-                self.interventions, self.ruler.prompt = outside
+                self.interventions, ruler.prompt, ruler.length = outside
                 self._depth -= 1
                 if self._depth == 0:
                     self._running = False
-                    self.ruler.forget()
+                    ruler.forget()
                     for handle in handles:
                         handle.remove()
 

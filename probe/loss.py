@@ -1,0 +1,23 @@
+"""The next-token loss."""
+
+import torch
+from torch import Tensor, nn
+
+
+def next_token_nll(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Negative log-likelihood of each next token.
+
+    Args:
+        logits: (n, vocabulary) of a sequence without padding.
+        token_ids: (n), its tokens.
+
+    Returns:
+        (n - 1) nats, computed in float32 or wider; entry i is of token i + 1.
+
+    Example:
+        >>> next_token_nll(torch.zeros(3, 4), torch.tensor([0, 1, 2]))
+        tensor([1.3863, 1.3863])
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    targets = token_ids.to(logits.device)
+    return nn.functional.cross_entropy(wide[:-1], targets[1:], reduction="none")

@@ -1,0 +1,172 @@
+"""One batch of a run: a forward that reads what a plan asks for. Nothing is written here."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from probe.attention import Site
+from probe.envoys import AttentionEnvoy
+from probe.indexing import take
+from probe.loss import next_token_nll
+from probe.matrices import Readable
+from probe.model import Model
+from probe.planning import Item, Plan, continued
+from probe.schema import Labels
+from probe.tap import run
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was read of one problem.
+
+    Attributes:
+        arrays: For each site (layer, head, query, key), and z (layer, query, head, head_dim), in
+            the dtype that is stored.
+        loss: Mean next-token negative log-likelihood of the problem in nats, generated tokens not
+            counted; NaN for one token or without logits.
+        labels: What its rows and columns are, where tokens were generated.
+    """
+
+    arrays: dict[str, npt.NDArray[Any]]
+    loss: float
+    labels: Labels | None = None
+
+
+def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list[Reading]:
+    """One forward over some problems of a plan; nothing is written.
+
+    Args:
+        model: The model, in eval mode, without gradients.
+        todo: The plan.
+        batch: Indices of its problems.
+        proof: Whether to prove each layer: see `probe.proof`.
+
+    Returns:
+        What was read, one for each problem.
+
+    Raises:
+        WiringError: The proof failed.
+        FloatingPointError: The model's loss is not finite.
+    """
+    items = [todo.items[i] for i in batch]
+    prompts = torch.tensor([item.length for item in items])
+    if todo.max_new_tokens:
+        items = _continue(model, todo, items)
+    lengths = torch.tensor([item.length for item in items])
+    groups = list(_alike(items))
+    out = [_space(model, todo, alike) for _, alike in groups]
+    heads = None if todo.heads == tuple(range(model.n_heads)) else todo.heads
+
+    def visit(layer: int, attention: AttentionEnvoy) -> None:
+        seen = attention.seen
+        place = todo.layers.index(layer)
+        for (which, alike), arrays in zip(groups, out, strict=True):
+            first = alike[0]
+            part = seen.cut(which, first.length)
+            for site in todo.matrices:
+                _fill(part, site, arrays[site][:, place], first, heads)
+        if "z" in todo.sites:
+            z = attention.z
+            for (which, alike), arrays in zip(groups, out, strict=True):
+                arrays["z"][:, place] = take(take(z[which], alike[0].queries, 1), heads, 2)
+
+    with model.tap.watch.on(*todo.interventions, prompt=prompts, length=lengths):
+        layers = tuple(sorted(todo.layers))
+        output = run(model.tap, visit, _inputs(model, items), layers=layers, proof=proof)
+    losses = _losses(getattr(output, "logits", None), items, prompts.tolist())
+    arrays: list[dict[str, npt.NDArray[Any]]] = [
+        {name: array[n].numpy() for name, array in group.items()}
+        for group, (_, alike) in zip(out, groups, strict=True)
+        for n in range(len(alike))
+    ]
+    labels = [item.labels(model) if todo.max_new_tokens else None for item in items]
+    return [Reading(*one) for one in zip(arrays, losses, labels, strict=True)]
+
+
+def _continue(model: Model, todo: Plan, items: Sequence[Item]) -> list[Item]:
+    """The problems with what the model says after them, greedily, under the same interventions."""
+    with model.intervene(*todo.interventions):
+        ids = model.generate(
+            [list(item.token_ids) for item in items],
+            max_new_tokens=todo.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=False,
+        )
+    longest = max(item.length for item in items)  # padded on the left
+    stop = model.stop_tokens
+    out = []
+    for item, row in zip(items, ids[:, longest:].tolist(), strict=True):
+        end = next((n + 1 for n, token in enumerate(row) if token in stop), len(row))
+        out.append(continued(todo, item, row[:end]))
+    return out
+
+
+def _space(model: Model, todo: Plan, alike: Sequence[Item]) -> dict[str, Tensor]:
+    """Arrays for problems with the same length, rows and columns, uninitialised."""
+    rows, columns = len(alike[0].queries), len(alike[0].keys)
+    n = (len(alike), len(todo.layers))
+    shapes: dict[str, tuple[int, ...]] = {s: (len(todo.heads), rows, columns) for s in todo.sites}
+    if "z" in shapes:
+        shapes["z"] = (rows, len(todo.heads), model.tap.value_dim)
+    dtype = getattr(torch, todo.dtype)
+    return {name: torch.empty(*n, *shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def _alike(items: Sequence[Item]) -> Iterator[tuple[slice, list[Item]]]:
+    """Neighbours in a batch with the same length, rows and columns: they are read as one."""
+    start = 0
+    for _, group in groupby(items, key=lambda item: (item.length, item.queries, item.keys)):
+        alike = list(group)
+        yield slice(start, start + len(alike)), alike
+        start += len(alike)
+
+
+def _fill(
+    seen: Readable, site: Site, out: Tensor, item: Item, heads: tuple[int, ...] | None
+) -> None:
+    """Compute a layer where the model is, and bring it home in one piece."""
+    everything = tuple(range(item.length))
+    queries = None if item.queries == everything else item.queries
+    keys = None if item.keys == everything else item.keys
+    here = out if seen.device == out.device else torch.empty_like(out, device=seen.device)
+    seen.fill(here, site, queries=queries, keys=keys, heads=heads)
+    if here is not out:
+        out.copy_(here)
+
+
+def _inputs(model: Model, items: Sequence[Item]) -> dict[str, Any]:
+    """A right-padded batch.
+
+    A causal model needs no mask for it, since no token sees the padding after it, and without a
+    mask its kernel keeps the fast causal path. Each row is padded with its own last token.
+    """
+    longest = max(item.length for item in items)
+    rows = [[*i.token_ids, *[i.token_ids[-1]] * (longest - i.length)] for i in items]
+    inputs: dict[str, Any] = {"input_ids": torch.tensor(rows, device=model.device)}
+    if not model.tap.causal:
+        lengths = torch.tensor([item.length for item in items], device=model.device)
+        inputs["attention_mask"] = (
+            torch.arange(longest, device=model.device) < lengths[:, None]
+        ).long()
+    return inputs | {"use_cache": False}
+
+
+def _losses(logits: Tensor | None, items: Sequence[Item], prompts: Sequence[int]) -> list[float]:
+    """Mean next-token loss of each prompt in nats, summed in float32 or wider."""
+    if logits is None:
+        return [float("nan")] * len(items)
+    losses = []
+    for row, item, n in zip(logits, items, prompts, strict=True):
+        if not bool(row[: item.length].isfinite().all()):
+            raise FloatingPointError(
+                "the model's logits are not finite: its dtype may overflow. Load it in float32"
+            )
+        nll = next_token_nll(row[:n], torch.tensor(item.token_ids[:n]))
+        losses.append(float(nll.double().mean()))
+    return losses
