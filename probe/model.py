@@ -234,7 +234,7 @@ class Model:
 
         Example:
             >>> model.run_with_hooks("abc", [(("z", 0), lambda z, hook: 0 * z)]).shape
-            torch.Size([1, 4, 67])
+            torch.Size([1, 4, 64])
         """
         with self.hooks(fwd_hooks, bwd_hooks):
             batch = self.batch(inputs)
@@ -551,6 +551,11 @@ def _base(module: nn.Module) -> PreTrainedModel:
     """The transformers model inside a wrapper."""
     for inner in module.modules():
         if isinstance(inner, PreTrainedModel):
+            if "decoder_input_ids" in inspect.signature(type(inner).forward).parameters:
+                raise UnsupportedModelError(
+                    f"{type(inner).__name__} has an encoder and a decoder, whose attention is over "
+                    "different tokens. Give one of them: probe.load(model.get_encoder())."
+                )
             return inner
     raise UnsupportedModelError(
         f"{type(module).__name__} is not a transformers model and holds none, so its attention "

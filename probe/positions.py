@@ -108,7 +108,6 @@ class Ruler:
 
     def __init__(self, model: nn.Module) -> None:
         self._signature = inspect.signature(type(model).forward)
-        self._known = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         # Set them to say how much of each input is the prompt, and how much is not padding.
         self.prompt: Tensor | None = None
         self.length: Tensor | None = None
@@ -116,46 +115,60 @@ class Ruler:
 
     def forget(self) -> None:
         """Let go of the last inputs."""
-        self._position: Tensor | None = None  # (batch, past + new), -1 for padding
+        self.position: Tensor | None = None  # (batch, past + new), -1 for padding
         self._lengths = torch.zeros(1, dtype=torch.long)
         self._new = 0
+        self._placed: dict[tuple[int, int, torch.device], Positions] = {}
         self._cache: Callable[[], object] = lambda: None
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take the inputs of a forward: its mask, or the position ids beside a ready 4-D mask."""
+        self._placed.clear()
         given = self._signature.bind(None, *args, **kwargs).arguments
         given |= given.get("kwargs", {})
         inputs = (given.get(name) for name in ("input_ids", "inputs_embeds"))
         tokens = next((x for x in inputs if isinstance(x, Tensor)), None)
-        if tokens is None or not self._known:
-            self._position = None
+        if tokens is None:
+            self.position = None
             return
         cache = given.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         goes_on = past > 0 and self._cache() is cache
         if self.length is None:
-            real = _tokens(given, tokens, past, self._position if goes_on else None)
+            real = _tokens(given, tokens, past, self.position if goes_on else None)
         else:
             real = torch.arange(tokens.shape[1]) < self.length[:, None]
-        self._position = (real.long().cumsum(1) - 1).masked_fill(~real, -1)
+        self.position = (real.long().cumsum(1) - 1).masked_fill(~real, -1)
         self._new = tokens.shape[1]
         if not goes_on:
             self._lengths = real.sum(1)
             self._cache = (lambda: None) if cache is None else weakref.ref(cache)
+
+    def same(self, position: Tensor | None) -> bool:
+        """Whether the tokens are where they were."""
+        now = self.position
+        if position is None or now is None:
+            return position is now
+        return position is now or torch.equal(position, now)
 
     def place(self, n_queries: int, n_keys: int, device: torch.device) -> Positions | None:
         """The positions of a call with so many rows and columns; None where they are unknown.
 
         Sliding caches keep the last columns only, static ones have columns without a token yet.
         """
-        if self._position is None or n_queries != self._new:
+        if self.position is None or n_queries != self._new:
             return None
-        total = self._position.shape[1]
-        position = self._position.to(device)
+        known = self._placed.get((n_queries, n_keys, device))
+        if known is not None:
+            return known
+        total = self.position.shape[1]
+        position = self.position.to(device)
         key = position[:, max(0, total - n_keys) :]
         key = nn.functional.pad(key, (0, n_keys - key.shape[1]), value=-1)
         prompt = self._lengths if self.prompt is None else self.prompt
-        return Positions(position[:, total - n_queries :], key, prompt.to(device))
+        place = Positions(position[:, total - n_queries :], key, prompt.to(device))
+        self._placed[n_queries, n_keys, device] = place  # the layers of a forward share it
+        return place
 
 
 def _tokens(given: Mapping[str, Any], tokens: Tensor, past: int, before: Tensor | None) -> Tensor:

@@ -94,12 +94,19 @@ class Watch:
             UnsupportedModelError: Reentrant gradient checkpointing.
         """
         if _in_backward():
-            if not all(_same(mark.interventions, self.interventions) for mark in self._marks):
-                raise WiringError(
-                    f"layer {call.layer} runs again for its gradients (gradient checkpointing), "
-                    "and not under the hooks and interventions of its first run: the gradients "
-                    "would be wrong. Call backward() inside the with block."
-                )
+            for mark in self._marks:
+                if not _same(mark.interventions, self.interventions):
+                    raise WiringError(
+                        f"layer {call.layer} runs again for its gradients (gradient "
+                        "checkpointing), and not under the hooks and interventions of its first "
+                        "run: the gradients would be wrong. Call backward() inside the with block."
+                    )
+                if not self.ruler.same(mark.position):
+                    raise WiringError(
+                        f"layer {call.layer} runs again for its gradients (gradient "
+                        "checkpointing), after another batch was read: which tokens are where is "
+                        "not known any more. Call backward() after each forward."
+                    )
         elif self._checkpointing and not torch.is_grad_enabled():
             raise UnsupportedModelError(
                 "this model trains under reentrant gradient checkpointing, in which edits lose "
@@ -111,7 +118,7 @@ class Watch:
         """Remember, for as long as the graph of z lives, under which interventions it was made."""
         if not (self._checkpointing and z.requires_grad and self.interventions) or _in_backward():
             return z
-        token = _Token(self.interventions)
+        token = _Token(self.interventions, self.ruler.position)
         self._marks.add(token)
         marked: Tensor = _Mark.apply(z, token)  # type: ignore[no-untyped-call]
         return marked
@@ -144,8 +151,8 @@ class Watch:
 
 
 class _Token:
-    def __init__(self, interventions: Sequence[Intervention]) -> None:
-        self.interventions = interventions
+    def __init__(self, interventions: Sequence[Intervention], position: Tensor | None) -> None:
+        self.interventions, self.position = interventions, position
 
 
 class _Mark(torch.autograd.Function):
