@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from probe.attention import AttentionCall
     from probe.capturing import capture
     from probe.interventions import Bias, Edit, Intervention
+    from probe.layout import Layout
     from probe.model import Model, load
     from probe.planning import Plan, plan
     from probe.schema import valid
@@ -27,6 +28,7 @@ _HOME = {
     "Bias": "interventions",
     "Edit": "interventions",
     "Intervention": "interventions",
+    "Layout": "layout",
     "Model": "model",
     "Plan": "planning",
     "capture": "capturing",
@@ -42,6 +44,7 @@ __all__ = [
     "Edit",
     "InputError",
     "Intervention",
+    "Layout",
     "Model",
     "Plan",
     "ProbeError",

@@ -307,9 +307,9 @@ class AttentionCall:
                 "key, for example the row's own."
             )
         if self.mask is not None and self.mask.ndim == 4 and self.mask.dtype != torch.bool:
-            bias = bias + self.mask[:, :, -self.n_queries :, : self.n_keys].float()
+            bias = bias + wide(self.mask[:, :, -self.n_queries :, : self.n_keys])
         low = torch.finfo(self.query.dtype).min
-        bias = bias.clamp_min(low).to(self.query.dtype).expand(hidden.shape)
+        bias = bias.to(self.query.dtype).clamp_min(low).expand(hidden.shape)
         return replace(self, mask=bias.masked_fill(hidden, low))
 
     def _normalise(self, scores: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from probe.interventions import Site
 from probe.matrices import Readable
 from probe.schema import Labels
 from probe.selection import Selector
-from probe.tap import Tap, run
+from probe.tap import Tap, require_alike, run
 
 Columns = Sequence[Sequence[int]]  # for each sequence of a batch, columns of the padded batch
 
@@ -75,6 +75,12 @@ class Cache(Mapping[str, Tensor]):
             raise KeyError(f"{name!r} was not kept. This cache has {sites} of layers {layers}.")
         return self.tensors[found[0]]
 
+    def __contains__(self, name: object) -> bool:
+        try:
+            return self[cast("Name", name)] is not None
+        except (InputError, KeyError):
+            return False
+
     def __iter__(self) -> Iterator[str]:
         return (full_name(*place) for place in self.tensors)
 
@@ -106,6 +112,8 @@ class Cache(Mapping[str, Tensor]):
                     f"{site} was kept in other layers than the rest (not in {missing}), which one "
                     "dataset cannot hold. Keep the same layers of each site."
                 )
+            axis = 1 + next(i for i, axis in enumerate(_AXES[site]) if "head" in axis)
+            require_alike({n: self.tensors[site, n].shape[axis] for n in layers})
             parts = [self._packed(site, self.tensors[site, layer]) for layer in layers]
             arrays[site] = (("problem", "layer", *_AXES[site]), np.stack(parts, axis=1))
         rows, keys = (max(map(len, some)) for some in (self.rows, self.columns))
@@ -187,6 +195,8 @@ def record(
         queries: Rows by token position: see `probe.selection.positions`.
         keys: Columns, likewise.
     """
+    if not places:
+        raise InputError("sites=() keeps nothing. Name at least one, as sites='pattern'.")
     order = {site: n for n, site in enumerate(("q", "k", "v", "scores", "pattern", "z"))}
     by_layer: dict[int, list[Site]] = {}
     for site, layer in sorted(set(places), key=lambda place: (place[1], order[place[0]])):

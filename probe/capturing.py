@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from probe import store as stores
 from probe.disk import size
-from probe.errors import InputError, ProbeError, StoreError
+from probe.errors import InputError, StoreError, UnsupportedModelError, WiringError
 from probe.interventions import Intervention
 from probe.model import Model
 from probe.planning import Plan, plan
@@ -162,7 +162,7 @@ def _create(model: Model, todo: Plan, path: Path, overwrite: bool) -> stores.Wri
         heads=todo.heads,
         config=todo.config,
         sites=todo.sites,
-        sizes=todo.sizes | {"head_dim": model.tap.value_dim},
+        sizes=todo.sizes | {"head_dim": todo.z_width},
         dtype=todo.dtype,
         attrs=todo.attrs,
         overwrite=overwrite,
@@ -198,7 +198,7 @@ def _outcomes(
             continue
         try:
             readings = read(model, todo, batch, proof=not proven)
-        except ProbeError:
+        except (WiringError, UnsupportedModelError):
             raise
         except Exception as error:
             if len(batch) > 1:

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from probe import selection
 from probe.attention import AttentionCall
 from probe.errors import InputError
 from probe.interventions import Add, Change, Site
@@ -41,12 +42,28 @@ def changed(site: Site, value: Tensor, edits: Sequence[Add | Change]) -> tuple[T
     own = site in ("scores", "pattern") and not value.requires_grad
     new, cut = value if own else value.clone(), False
     for change in functions:
-        version = None if new.is_inference() else new._version
-        result = change.function(new)
-        after = new if result is None else _checked(change, result, value)
-        cut |= after is not new or version is None or after._version != version
-        new = after
+        if change.heads is None:
+            new, fresh = _changed(change, new)
+        else:
+            dim = 1 if site in ("scores", "pattern") else 2
+            heads = selection.axis(change.heads, new.shape[dim], "heads")
+            index = torch.tensor(heads, device=new.device)
+            some, fresh = _changed(change, new.index_select(dim, index))
+            new = new.index_copy(dim, index, some) if fresh else new
+        cut |= fresh
     return (new, True) if cut else (value, False)
+
+
+def _changed(change: Change, value: Tensor) -> tuple[Tensor, bool]:
+    """A value after one function on it, and whether that did anything."""
+    # Inference tensors do not count their in-place edits.
+    before = value.clone() if value.is_inference() else None
+    version = None if before is not None else value._version
+    result = change.function(value)
+    new = value if result is None else _checked(change, result, value)
+    if new is not value:
+        return new, True
+    return new, not torch.equal(new, before) if before is not None else new._version != version
 
 
 def _checked(change: Change, result: object, value: Tensor) -> Tensor:

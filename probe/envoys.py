@@ -11,13 +11,17 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from torch import Tensor, nn
 
-from probe.attention import AttentionCall
+from probe import backward
+from probe.attention import AttentionCall, Site
 from probe.editing import changed, edited
-from probe.errors import UnsupportedModelError
+from probe.errors import InputError, UnsupportedModelError
 from probe.interface import Kernel
 from probe.interventions import Add, Change
 from probe.matrices import Matrices, Readable
+from probe.owncode import Finish, nobody
 from probe.watching import Watch
+
+backward.install()
 
 
 class LazyEnvoy(Envoy):  # type: ignore[misc]
@@ -104,34 +108,69 @@ class Publisher:
         self._envoy, self.layer, self._watch = weakref.ref(envoy), layer, watch
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return _nobody, ()  # a copy of the module is nobody's
+        return nobody, ()  # a copy of the module is nobody's
 
     @property
     def awake(self) -> bool:
         return self._watch.awake or self._interleaver() is not None
 
     def serve(self, call: AttentionCall, kernel: Kernel) -> tuple[Tensor, Tensor | None]:
-        watch = self._watch
-        place = watch.ruler.place(call.n_queries, call.n_keys, call.query.device)
-        call = replace(call, where=place, n_layers=watch.n_layers)
-        edits = watch.edits(call)
+        """A kernel that is given q, k, v and a mask: returns (z, weights or None)."""
+        call, edits = self._placed(call)
         call = self._handle("call", edited(call, edits))
         scores, cut = self._offer("scores", call.scores, edits)
         compute = call.pattern if scores is None else partial(call.softmax, scores)
         # Edited scores make an edited pattern, whether or not anybody reads it.
-        pattern, cut = self._offer("pattern", compute, edits, needed=cut)
+        pattern, touched = self._offer("pattern", compute, edits, needed=cut)
         seen: Readable = call
-        if cut:
-            seen = Matrices(
-                {"pattern": pattern} | ({} if scores is None else {"scores": scores}), call
-            )
+        if cut or touched:
+            seen = _matrices(call, scores, pattern)
             z, weights = call.mix(pattern), pattern.to(call.value.dtype)
         else:
             z, weights = kernel(call)
-            watch.prove(call, z)
+            self._watch.prove(call, z)
         self._handle("seen", seen)
+        return self._finish(edits, z), weights
+
+    def weigh(self, call: AttentionCall, own: Tensor) -> tuple[Tensor | None, Finish]:
+        """A softmax in a module's own code: see `probe.owncode.OwnListener`."""
+        self._watch.prove_softmax(call, own)
+        given, edits = self._placed(call)
+        self._refuse_inputs(edits)
+        call = edited(given, edits)
+        scores, cut = self._offer("scores", call.scores, edits)
+        cut |= call is not given
+        compute: Callable[[], Tensor] = partial(_without_empty_rows, own, call)
+        if cut:
+            compute = call.pattern if scores is None else partial(call.softmax, scores)
+        pattern, touched = self._offer("pattern", compute, edits, needed=True)
+        self._handle("seen", _matrices(call, scores, pattern))
+        return pattern if cut or touched else None, partial(self._finish, edits)
+
+    def _placed(self, call: AttentionCall) -> tuple[AttentionCall, list[Add | Change]]:
+        """The call with what its rows and columns are, and the edits that it gets."""
+        watch = self._watch
+        place = watch.ruler.place(call.n_queries, call.n_keys, call.query.device)
+        call = replace(call, where=place, n_layers=watch.n_layers)
+        return call, watch.edits(call)
+
+    def _finish(self, edits: Sequence[Add | Change], z: Tensor) -> Tensor:
+        """What becomes of (batch, query, head, head_dim)."""
         z, _ = changed("z", z, edits)
-        return watch.mark(self._handle("z", z)), weights
+        return self._watch.mark(self._handle("z", z))
+
+    def _refuse_inputs(self, edits: Sequence[Add | Change]) -> None:
+        """Refuse to read or change what only a module's own code has seen."""
+        names = [e.name for e in edits if isinstance(e, Change) and e.site in ("q", "k", "v")]
+        if self._asked("call"):
+            names.append(".call (q, k and v)")
+        if names:
+            raise InputError(
+                f"{names[0]} cannot be read or changed in layer {self.layer}, whose module turns "
+                "q and k into scores in code of its own. Use scores, pattern or z, or the modules "
+                "that compute q, k and v, in a trace of model.envoy."
+            )
+        self._handle("call", None)  # counted all the same: see `_offer`
 
     def _interleaver(self) -> Any:
         """nnsight's, while a trace runs."""
@@ -153,9 +192,7 @@ class Publisher:
         needed: bool = False,
     ) -> tuple[Any, bool]:
         """Offer a computed value: (the value or None if nobody asked, was it edited)."""
-        interleaver, envoy = self._interleaver(), self._envoy()
-        location = "" if envoy is None else f"{envoy.path}.{name}"
-        asked = interleaver is not None and location in interleaver.parked
+        asked = self._asked(name)
         touched = any(isinstance(edit, Change) and edit.site == name for edit in edits)
         if not (needed or asked or touched):
             # The visit counts all the same: `tracer.iter` numbers the steps by it.
@@ -165,8 +202,23 @@ class Publisher:
         after = self._handle(name, value)
         # An inference tensor does not count its in-place edits, so it passes for edited.
         fresh = after is not value or (asked and (version is None or after._version != version))
-        return after, needed or cut or fresh
+        return after, cut or fresh
+
+    def _asked(self, name: str) -> bool:
+        """Whether the body of a trace waits for a value."""
+        interleaver, envoy = self._interleaver(), self._envoy()
+        if interleaver is None or envoy is None:
+            return False
+        return f"{envoy.path}.{name}" in interleaver.parked
 
 
-def _nobody() -> None:
-    return None
+def _matrices(call: AttentionCall, scores: Tensor | None, pattern: Tensor) -> Matrices:
+    full: dict[Site, Tensor] = {"pattern": pattern}
+    return Matrices(full if scores is None else full | {"scores": scores}, call)
+
+
+def _without_empty_rows(own: Tensor, call: AttentionCall) -> Tensor:
+    """A pattern that a model computed; rows that attend to nothing are not uniform but 0."""
+    assert call.mask is not None
+    empty = (call.mask == -torch.inf).all(-1, keepdim=True)
+    return own.to(call.dtype).masked_fill(empty, 0.0)

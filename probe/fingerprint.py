@@ -1,6 +1,7 @@
 """Telling checkpoints apart, so that a store never mixes two."""
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(base: nn.Module, module: nn.Module) -> str:
-    """A hash of a model's class and of its weights' names, shapes, dtypes and bits.
+    """A hash of a model's class and of all its weights: names, shapes, dtypes and bits.
 
     Any one changed weight changes it. Weights that are offloaded (meta) count by their names.
 
@@ -21,11 +22,27 @@ def fingerprint(base: nn.Module, module: nn.Module) -> str:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256(type(base).__name__.encode())
-    for name, weight in module.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if not weight.is_meta and weight.numel():
-            digest.update(_digest(weight.detach()))
+    weights = dict(module.named_parameters())
+    for name, weight in weights.items():
+        _update(digest, name, weight)
+    for name, value in module.state_dict().items():
+        if name not in weights:  # buffers, and what quantised layers keep packed
+            _update(digest, name, value)
     return digest.hexdigest()
+
+
+def _update(digest: Any, name: str, value: object) -> None:
+    if isinstance(value, tuple | list):
+        for i, part in enumerate(value):
+            _update(digest, f"{name}.{i}", part)
+    elif isinstance(value, Tensor) and value.is_quantized:
+        _update(digest, name, value.dequantize())  # with its scales
+    elif isinstance(value, Tensor):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        if not value.is_meta and value.numel():
+            digest.update(_digest(value.detach()))
+    else:
+        digest.update(f"{name} {value}".encode())
 
 
 def _digest(weight: Tensor) -> bytes:

@@ -43,7 +43,7 @@ class Hook:
     name: str
     site: Site
     number: int
-    ctx: dict[str, Any] = field(default_factory=dict)
+    ctx: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def layer(self) -> int:
         """The absolute layer."""
@@ -87,7 +87,7 @@ def resolve(name: Name, layers: Sequence[int]) -> list[tuple[Site, int]]:
     known = [(site, layer) for layer in layers for site in SITES]
     if isinstance(name, str):
         found = [_one(name, layers)]
-    elif isinstance(name, tuple) and len(name) == 2 and name[0] in _SITES:
+    elif isinstance(name, tuple) and len(name) == 2 and str(name[0]) in _SITES:
         some = layers if name[1] is None else selection.axis(name[1], max(layers) + 1, "layers")
         found = [(_SITES[str(name[0])], layer) for layer in some]
     elif isinstance(name, re.Pattern):
@@ -106,7 +106,7 @@ def resolve(name: Name, layers: Sequence[int]) -> list[tuple[Site, int]]:
             )
     if not found:
         raise InputError(f"{name!r:.60} matches no name. {_advice(layers)}")
-    return found
+    return [place for place in known if place in found]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Hooks:
         for hook, function in self.forward:
             if hook.number == call.layer:
                 yield Change(hook.site, partial(_call, function, hook), f"the hook on {hook.name}")
-        for hook, function in self.backward:
+        for hook, function in reversed(self.backward):  # gradients come from behind
             if hook.number == call.layer:
                 yield Change(hook.site, partial(_listen, function, hook), hook.name)
 

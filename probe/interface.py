@@ -7,27 +7,59 @@ modules have attention is found by running one short forward and seeing who call
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from probe import masks
 from probe.attention import AttentionCall
+from probe.compiled import eagerly
 from probe.errors import InputError, ProbeError, UnsupportedModelError
 
 Kernel = Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
 
+T = TypeVar("T")
+
 LISTENER = "_probe_listener"  # in the __dict__ of each attention module, so never in its state
+
+
+class Name(str):
+    """The name of a tapped implementation, which answers to its own one's name too.
+
+    Models ask `config._attn_implementation in ("eager", "sdpa")` before they decide what to give
+    to their kernel: a tapped model must decide as it does untapped. `!=`, by which transformers
+    sees that an implementation changes, still tells the two apart, and so does a dict.
+
+    Attributes:
+        own: The implementation whose tapped form it names.
+        plain: The name as a plain str, by which torch.compile can follow the methods below.
+    """
+
+    own = ""
+    plain = ""
+
+    def __hash__(self) -> int:
+        return hash(self.plain)
+
+    def __ne__(self, other: object) -> bool:
+        return self.plain != other
+
+    def __eq__(self, other: object) -> bool:
+        return other == self.own or other == self.plain
+
 
 # Original implementation -> the name under which its tapped form is registered. Transformers
 # looks for "sdpa" and "flash" inside such names, so they are numbered and not spelt.
-_registered: dict[str, str] = {}
+_registered: dict[str, Name] = {}
 
 
 class Listener(Protocol):
@@ -53,21 +85,24 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: the model's own kernel, overheard."""
-    own = _kernel(module, implementation)
+    own = partial(_kernel(module, implementation), _named(module, implementation))
     listener: Listener | None = module.__dict__.get(LISTENER)
     if listener is None or not listener.awake:
-        result: tuple[Tensor, Tensor | None] = own(
-            module, query, key, value, attention_mask, **kwargs
-        )
+        result: tuple[Tensor, Tensor | None] = own(query, key, value, attention_mask, **kwargs)
         return result
 
     def kernel(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        # The kernel gets the model's own mask object back unless somebody replaced it.
-        mask = attention_mask if call.mask is given.mask else _mask(implementation, call)
-        _require_seen(given, call)
-        out: tuple[Tensor, Tensor | None] = own(
-            module, call.query, call.key, call.value, mask, **kwargs
-        )
+        require_seen(given, call)
+        rest = dict(kwargs)
+        if call.mask is given.mask:
+            mask = attention_mask  # the model's own object
+        elif masks.form(implementation) == "dense":
+            mask = masks.for_kernel(call, implementation)
+            if "position_bias" in kwargs:  # what `call.mask` was, and what replaced it, holds it
+                rest["position_bias"] = None
+        else:  # flex and flash kernels take no dense mask, so here attention is computed as read
+            return call.mix(call.pattern()), None
+        out: tuple[Tensor, Tensor | None] = own(call.query, call.key, call.value, mask, **rest)
         return out
 
     given = _call(implementation, module, query, key, value, attention_mask, kwargs)
@@ -75,7 +110,7 @@ def _attend(
     return listener.serve(given, kernel)
 
 
-def _require_seen(given: AttentionCall, call: AttentionCall) -> None:
+def require_seen(given: AttentionCall, call: AttentionCall) -> None:
     """Refuse an assigned call whose change the model's kernel would not see."""
     for name in ("scaling", "softcap", "sinks", "window", "causal", "dropout"):
         old, new = getattr(given, name), getattr(call, name)
@@ -85,19 +120,6 @@ def _require_seen(given: AttentionCall, call: AttentionCall) -> None:
                 "kernel would not see. Change query, key, value or mask, or assign the pattern: "
                 "attn.pattern = call.pattern()."
             )
-
-
-def _mask(implementation: str, call: AttentionCall) -> Tensor | None:
-    """A mask that somebody assigned, in the form that the kernel reads."""
-    mask = call.mask
-    if mask is None or "flash" in implementation:
-        return mask
-    if mask.ndim == 2:
-        mask = call.keep()
-    if mask.dtype == torch.bool and implementation != "sdpa":
-        low = torch.finfo(call.query.dtype).min
-        mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill(~mask, low)
-    return mask if mask.dtype == torch.bool else mask.to(call.query.dtype)
 
 
 def _kernel(module: nn.Module, implementation: str) -> Callable[..., Any]:
@@ -115,6 +137,23 @@ def _kernel(module: nn.Module, implementation: str) -> Callable[..., Any]:
     return kernel
 
 
+def _named(module: nn.Module, implementation: str) -> nn.Module:
+    """The module as its kernel must see it: flash kernels are looked up by the name in its config.
+
+    A twin shares everything with it but that name, so that no other thread sees a change.
+    """
+    if masks.form(implementation) != "padding":
+        return module
+    config: Any = module.config
+    return _twin(module, config=_twin(config, _attn_implementation_internal=implementation))
+
+
+def _twin(original: T, **changed: Any) -> T:
+    twin = object.__new__(type(original))
+    twin.__dict__.update(original.__dict__ | changed)
+    return twin
+
+
 def _call(
     implementation: str,
     module: nn.Module,
@@ -124,34 +163,58 @@ def _call(
     mask: Any,
     kwargs: Mapping[str, Any],
 ) -> AttentionCall:
-    for name in ("position_bias", "cache"):
+    kind = masks.form(implementation)
+    unread = ["cache"]
+    if kind != "dense":  # which take these in place of a mask
+        unread += ["position_bias", "indices", "block_indices"]
+    for name in unread:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(
-                f"{type(module).__name__} passes {name!r} to its attention kernel, which the tap "
-                "does not read. Its patterns would be wrong, so they are refused."
+                f"{type(module).__name__} passes {name!r} to its attention kernel under "
+                f"{implementation!r}, which the tap does not read. Its patterns would be wrong, so "
+                "they are refused. Load the model with attn_implementation='sdpa' or 'eager'."
             )
-    if mask is not None and not isinstance(mask, Tensor):
+    sinks = kwargs.get("s_aux")
+    if sinks is None:
+        sinks = kwargs.get("sinks")
+    if sinks is not None and sinks.ndim != 1:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} gives each row a sink of its own, of shape "
+            f"{tuple(sinks.shape)}, and the tap reads one for each head. Its patterns would be "
+            "wrong, so they are refused. Give a model whose sinks are one for each head."
+        )
+    if mask is not None and not isinstance(mask, Tensor | BlockMask):
         raise UnsupportedModelError(
             f"{type(module).__name__} under {implementation!r} gives its kernel a "
             f"{type(mask).__name__} as mask. Load the model with attn_implementation='sdpa'."
         )
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    flash = "flash" in implementation
-    if flash and mask is None:  # flash aligns at the bottom right, as a 2-D mask says
-        mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-    return AttentionCall(
+    mask = masks.readable(
+        mask, query, key, implementation=implementation, causal=causal, kwargs=kwargs
+    )
+    call = AttentionCall(
         query,
         key,
         value,
         mask,
         scaling=kwargs.get("scaling"),
         softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-        window=kwargs.get("sliding_window") if flash else None,
-        causal=causal and implementation != "eager",  # eager hides nothing by itself
+        sinks=sinks,
+        window=kwargs.get("sliding_window") if kind == "padding" else None,
+        # eager and flex attention hide nothing by themselves
+        causal=causal and implementation != "eager" and kind != "blocks",
         dropout=kwargs.get("dropout") or 0.0,
     )
+    bias = kwargs.get("position_bias")
+    return call if bias is None else replace(call, mask=_biased(call, bias))
+
+
+def _biased(call: AttentionCall, bias: Tensor) -> Tensor:
+    """The mask of a call whose kernel also adds a bias to the scores: both in one."""
+    if call.mask is not None and call.mask.dtype != torch.bool:
+        return call.mask + bias
+    return bias.masked_fill(~call.keep(), torch.finfo(bias.dtype).min)
 
 
 def register(implementation: str) -> str:
@@ -160,14 +223,25 @@ def register(implementation: str) -> str:
     Without the mask function a model would silently get no mask at all.
     """
     if implementation not in _registered:
+        if implementation.startswith("paged|"):
+            raise UnsupportedModelError(
+                f"attention implementation {implementation!r} packs all requests of continuous "
+                "batching into one row of rented pages, whose tokens the tap cannot tell apart. "
+                f"Load the model with attn_implementation={implementation[6:]!r}."
+            )
         if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
             raise UnsupportedModelError(
                 f"attention implementation {implementation!r} has no mask function in "
                 "transformers. Load the model with attn_implementation='sdpa' or 'eager'."
             )
-        name = f"probe-{len(_registered)}"
-        AttentionInterface.register(name, partial(_attend, implementation))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+        plain = f"probe-{len(_registered)}"
+        name = Name(plain)
+        name.own, name.plain = implementation, plain
+        own = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+        mask = masks.flash_mask if masks.form(implementation) == "padding" else own
+        # A plain str: torch.compile hashes the keys of these dicts in every model.
+        AttentionInterface.register(plain, partial(_attend, implementation))
+        AttentionMaskInterface.register(plain, mask)
         _registered[implementation] = name
     return _registered[implementation]
 
@@ -181,18 +255,16 @@ class Heard(NamedTuple):
 
 
 def implementations(module: nn.Module) -> dict[PreTrainedModel, str]:
-    """The attention implementation of each config inside a model, outermost first."""
+    """The attention implementation of each config inside a model, outermost first.
+
+    Empty for a module that holds no transformers model.
+    """
     found: dict[int, tuple[PreTrainedModel, str]] = {}
     for model in module.modules():
         if isinstance(model, PreTrainedModel) and id(model.config) not in found:
             found[id(model.config)] = model, model.config._attn_implementation
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} is not a transformers model, so its attention cannot be "
-            "found. Give a model of transformers, or one that contains it (peft, DDP)."
-        )
     for model, implementation in found.values():
-        if implementation in _registered.values():
+        if isinstance(implementation, Name):
             raise UnsupportedModelError(
                 f"this {type(model).__name__} is tapped already. Close the first probe.Model "
                 "(or use it) before loading the same module again."
@@ -207,13 +279,14 @@ def overhear(module: nn.Module, n_tokens: int = 16) -> list[Heard]:
     model = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
     vocabulary = vocabulary_size(model)
     context = getattr(model.config, "max_position_embeddings", None) or n_tokens
-    ids = torch.arange(min(n_tokens, context), device=model.device)[None] % vocabulary
+    ids = torch.arange(min(n_tokens, context), device=placement(model))[None] % vocabulary
     modes = {m: m.training for m in module.modules()}
-    for m in modes:
-        m.__dict__[LISTENER] = _Recorder(m, heard)
+    for path, m in module.named_modules():
+        m.__dict__[LISTENER] = _Recorder(m, path, heard)
     try:
         module.eval()
-        module(input_ids=ids, use_cache=False)
+        with eagerly(module):
+            module(input_ids=ids, use_cache=False)
     except ProbeError:
         raise
     except Exception as error:
@@ -225,33 +298,62 @@ def overhear(module: nn.Module, n_tokens: int = 16) -> list[Heard]:
         for m, training in modes.items():
             m.training = training
             m.__dict__.pop(LISTENER, None)
+    for caller, call, _ in heard:
+        if (call.n_queries, call.n_keys) != (ids.shape[1], ids.shape[1]):
+            raise UnsupportedModelError(
+                f"given {ids.shape[1]} tokens, a {type(caller).__name__} attends from "
+                f"{call.n_queries} rows to {call.n_keys} keys, so its rows and keys are not the "
+                "tokens (but bytes, patches or summaries of them) and could not be labelled. Give "
+                "a model that attends from tokens to tokens."
+            )
     return heard
+
+
+def placement(model: PreTrainedModel) -> torch.device:
+    """Where inputs go. Offloaded weights are on no device; what fetches them moves inputs too."""
+    device: torch.device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the input embedding: token ids are below it."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
+    embedding = model.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise UnsupportedModelError(
+            f"the input embedding of {type(model).__name__} is a {type(embedding).__name__} and "
+            "not one table, so what its token ids are is not known. Give a model that reads text."
+        )
     return weight.shape[0]
 
 
 def numbered(heard: list[Heard]) -> dict[int, nn.Module]:
-    """Attention modules by absolute layer: their layer_idx, else the order of their calls."""
+    """Attention modules by absolute layer: what `overhear` numbered them, else in call order."""
     modules = [module for module, _, _ in heard]
-    if not modules:
+    counts = Counter(modules)
+    caller, times = counts.most_common(1)[0]
+    if times > 1:
         raise UnsupportedModelError(
-            "no module of this model called its attention kernel, so there is nothing to read. "
-            "Models without softmax attention are not supported."
+            f"a {type(caller).__name__} calls its attention kernel {times} times in one forward "
+            "(it runs as several layers, or takes its attention apart), and which pattern is the "
+            "layer's the tap cannot tell. Give a model whose layers each attend once."
         )
-    if len({id(m) for m in modules}) < len(modules):
-        raise UnsupportedModelError(
-            f"{type(modules[0]).__name__} runs more than once in one forward (shared layers), "
-            "which the tap cannot tell apart."
-        )
-    numbers = [call.layer for _, call, _ in heard]
-    if len(set(numbers)) < len(numbers) or min(numbers) < 0:
-        numbers = list(range(len(modules)))
+    numbers = distinct([call.layer for _, call, _ in heard])
     return dict(sorted(zip(numbers, modules, strict=True)))
+
+
+def distinct(numbers: list[int]) -> list[int]:
+    """Numbers of layers if they tell these apart, else their order."""
+    told = len(set(numbers)) == len(numbers) and min(numbers, default=0) >= 0
+    return numbers if told else list(range(len(numbers)))
+
+
+def layer_number(module: nn.Module, path: str) -> int:
+    """A module's layer_idx, else the first number in its path, else -1."""
+    layer = getattr(module, "layer_idx", None)
+    if isinstance(layer, int) and layer >= 0:  # shared blocks leave it out
+        return layer
+    return next((int(part) for part in path.split(".") if part.isdecimal()), -1)
 
 
 class _Recorder:
@@ -259,11 +361,9 @@ class _Recorder:
 
     awake = True
 
-    def __init__(self, module: nn.Module, heard: list[Heard]) -> None:
+    def __init__(self, module: nn.Module, path: str, heard: list[Heard]) -> None:
         self._module, self._heard = module, heard
-        self.layer = getattr(module, "layer_idx", None)
-        if not isinstance(self.layer, int):
-            self.layer = -1
+        self.layer = layer_number(module, path)
 
     def serve(self, call: AttentionCall, kernel: Kernel) -> tuple[Tensor, Tensor | None]:
         z, weights = kernel(call)

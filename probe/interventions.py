@@ -13,6 +13,7 @@ import hashlib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -49,13 +50,16 @@ class Change:
             cached keys included; "scores" and "pattern" (batch, head, query, key), float32; or
             "z" (batch, query, head, head_dim), before the output projection.
         function: Gets the value, its own copy, and returns the new one of the same shape; None
-            stands for the value itself, changed in place or not at all.
+            stands for the value itself, changed in place or not at all. (Changes through `.data`
+            and NumPy cannot be seen: return a copy then.)
         name: For messages.
+        heads: Only these go through the function, default all; of "k" and "v", key heads.
     """
 
     site: Site
     function: Callable[[Tensor], Tensor | None]
     name: str
+    heads: Selector = None
 
 
 class Intervention(Protocol):
@@ -78,6 +82,9 @@ class Bias:
         layers: int, negative int, slice or list; default all.
         heads: Query heads, likewise.
 
+    Raises:
+        InputError: The value is NaN or infinity.
+
     Example:
         >>> with model.intervene(probe.Bias(value=-float("inf"), queries=-1, keys=0, layers=1)):
         ...     _, cache = model.run_with_cache("abcabc", sites="pattern")
@@ -91,6 +98,10 @@ class Bias:
     layers: Selector = None
     heads: Selector = None
 
+    def __post_init__(self) -> None:
+        if not self.value < float("inf"):
+            raise InputError(f"value={self.value}. Give a number, or -inf to hide an edge.")
+
     def edits(self, call: AttentionCall) -> Iterable[Add]:
         """A bias on the edges that this call has."""
         if not names(self.layers, call):
@@ -103,7 +114,7 @@ class Bias:
             edge = edge & chosen[:, None, None]
         # Never the future: hiding what is hidden, or biasing it, would change nothing.
         if bool(edge.any()):
-            yield Add(torch.zeros_like(edge, dtype=torch.float32).masked_fill(edge, self.value))
+            yield Add(torch.zeros_like(edge, dtype=call.dtype).masked_fill(edge, self.value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,16 +146,14 @@ class Edit:
     def edits(self, call: AttentionCall) -> Iterable[Change]:
         """The function, in the layers that are named."""
         if names(self.layers, call):
-            yield Change(self.site, lambda x: self._apply(x, call), f"Edit of {self.site}")
+            function = partial(_edit, self.function, call)
+            yield Change(self.site, function, f"the Edit of {self.site}", self.heads)
 
-    def _apply(self, x: Tensor, call: AttentionCall) -> Tensor | None:
-        if self.heads is None:
-            return self.function(x, call)
-        dim = 1 if self.site in ("scores", "pattern") else 2
-        index = torch.tensor(selection.axis(self.heads, x.shape[dim], "heads"), device=x.device)
-        part = x.index_select(dim, index)
-        new = self.function(part, call)
-        return x.index_copy(dim, index, part if new is None else new)
+
+def _edit(
+    function: Callable[[Tensor, AttentionCall], Tensor | None], call: AttentionCall, value: Tensor
+) -> Tensor | None:
+    return function(value, call)
 
 
 def names(layers: Selector, call: AttentionCall) -> bool:
@@ -166,11 +175,25 @@ def where(call: AttentionCall) -> Positions:
     return call.where
 
 
+def require(one: object) -> None:
+    """Refuse what is no intervention.
+
+    Raises:
+        InputError: It has no method `edits`, or is a class.
+    """
+    if isinstance(one, type) or not callable(getattr(one, "edits", None)):
+        raise InputError(
+            f"{one!r:.60} is not an intervention. Give objects with a method edits(call), such as "
+            "probe.Bias(...) and probe.Edit(...)."
+        )
+
+
 def as_data(intervention: Intervention) -> dict[str, Any]:
     """An intervention as JSON data: its class, and its fields.
 
-    Tensors and arrays become their shape and sha256, functions their name and a sha256 of their
-    code and of what they hold.
+    Tensors and arrays become their dtype, shape and sha256; functions their name, a sha256 of their
+    code, and what they hold in their closure and defaults. What a function reads from its module
+    is not seen.
 
     Raises:
         InputError: It cannot be recorded.
@@ -179,40 +202,54 @@ def as_data(intervention: Intervention) -> dict[str, Any]:
         >>> as_data(Bias(value=-1.0, keys=slice(2, None)))["keys"]
         '2:'
     """
-    if not callable(getattr(intervention, "edits", None)):
-        raise InputError(
-            f"{intervention!r:.60} is not an intervention. Give objects with a method edits(call), "
-            "such as probe.Bias and probe.Edit."
-        )
+    require(intervention)
     kind = type(intervention)
     if not dataclasses.is_dataclass(intervention):
         raise InputError(
             f"a {kind.__name__} cannot be recorded with a store. Make it a frozen dataclass."
         )
-    fields = {
-        f.name: _plain(getattr(intervention, f.name), f"{kind.__name__}.{f.name}")
-        for f in dataclasses.fields(intervention)
-    }
+    try:
+        return _fields(intervention, kind.__name__)
+    except RecursionError:
+        raise InputError(
+            f"a {kind.__name__} holds something that holds itself, which cannot be recorded with a "
+            "store. Use functions that do not refer to themselves."
+        ) from None
+
+
+def _fields(one: Any, name: str) -> dict[str, Any]:
+    """A dataclass as its class and the fields by which it is compared: others are its state."""
+    kind = type(one)
+    compared = [f.name for f in dataclasses.fields(one) if f.compare]
+    fields = {field: _plain(getattr(one, field), f"{name}.{field}") for field in compared}
     return {"kind": f"{kind.__module__}.{kind.__qualname__}", **fields}
 
 
 def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return value if np.isfinite(value) else str(value)  # JSON knows no infinity
     if isinstance(value, slice):
         return selection.as_data(value)
-    if isinstance(value, Tensor | np.ndarray):
-        array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
-        return {"shape": list(array.shape), "sha256": _digest(array.tobytes())}
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return _array(value, data)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return _array(value, value.tobytes())
     if isinstance(value, Mapping):
         return {str(k): _plain(v, f"{name}[{k!r}]") for k, v in value.items()}
-    if isinstance(value, Sequence | set | frozenset):
-        items = sorted(value) if isinstance(value, set | frozenset) else value
-        return [_plain(v, name) for v in items]
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name), name) for f in dataclasses.fields(value)}
+    if isinstance(value, Sequence):
+        return [_plain(v, name) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(v, name) for v in value), key=repr)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _fields(value, name)
+    if isinstance(value, partial):
+        parts = {"args": value.args, "keywords": value.keywords}
+        return {"partial": _plain(value.func, name), **_plain(parts, name)}
     if isinstance(value, types.FunctionType):
         code, held = value.__code__, [c.cell_contents for c in value.__closure__ or ()]
         held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
@@ -223,14 +260,23 @@ def _plain(value: Any, name: str) -> Any:
         }
     raise InputError(
         f"{name} holds a {type(value).__name__}, which cannot be recorded with a store. Use "
-        "numbers, texts, tensors, and functions of these."
+        "numbers, texts, tensors, and Python functions of these."
     )
+
+
+def _array(value: Any, data: bytes) -> dict[str, Any]:
+    return {"dtype": str(value.dtype), "shape": list(value.shape), "sha256": _digest(data)}
 
 
 def _said(code: types.CodeType) -> str:
     """What a function does, as text that is the same in every process."""
-    consts = [_said(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
-    return repr((code.co_code, code.co_names, consts))
+
+    def one(const: Any) -> str:
+        if isinstance(const, frozenset):  # as in `x in {"a", "b"}`; its order is the process's own
+            return repr(sorted(map(repr, const)))
+        return _said(const) if isinstance(const, types.CodeType) else repr(const)
+
+    return repr((code.co_code, code.co_names, [one(const) for const in code.co_consts]))
 
 
 def _digest(data: bytes) -> str:

@@ -1,5 +1,7 @@
 """The next-token loss."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,3 +23,20 @@ def next_token_nll(logits: Tensor, token_ids: Tensor) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     targets = token_ids.to(logits.device)
     return nn.functional.cross_entropy(wide[:-1], targets[1:], reduction="none")
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits in what a model returns: a field of them, or a tensor, alone or first in a tuple.
+
+    Returns:
+        (batch, position, vocabulary), or None.
+
+    Example:
+        >>> logits_of((torch.zeros(1, 3, 4), None)).shape
+        torch.Size([1, 3, 4])
+    """
+    logits = output[0] if isinstance(output, tuple | list) and output else output
+    logits = getattr(output, "logits", logits)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
+        return None
+    return logits

@@ -20,9 +20,9 @@ from probe.errors import InputError, UnsupportedModelError
 from probe.fingerprint import fingerprint
 from probe.hooks import HookFunction, Name, resolve
 from probe.hooks import hooks as make_hooks
-from probe.interface import vocabulary_size
-from probe.interventions import Intervention, Site
-from probe.loss import next_token_nll
+from probe.interventions import Intervention, Site, require
+from probe.layout import Layout
+from probe.loss import logits_of, next_token_nll
 from probe.schema import Labels
 from probe.selection import Selector
 from probe.tap import Tap
@@ -40,15 +40,17 @@ def load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    layout: Layout | None = None,
 ) -> "Model":
     """Load a causal language model and tap its attention.
 
-    The model stays on its own kernel. On loading, a forward of 16 tokens proves that what is read
-    of every layer is what the model computes.
+    The model stays on its own kernel. On loading, a forward of a few tokens finds the attention,
+    and proves that what is read of every layer is what the model computes.
 
     Args:
         source: A name on the Hugging Face hub, a local folder, a shipped demonstration model
-            (`demo-llama`, ...), or a transformers model (perhaps wrapped by peft), used in place.
+            (`demo-llama`, ...), a transformers model (perhaps wrapped by peft) or any module that
+            reads token ids, used in place.
         tokenizer: Its tokenizer; by default the one stored beside the model. A model given as a
             module needs none when it is fed token ids.
         device: Where to put a model that is loaded by name; default a GPU if there is one.
@@ -56,6 +58,7 @@ def load(
         attn_implementation: "sdpa", "eager", ...; default the fastest that transformers chooses.
         revision: Commit, tag or branch on the hub.
         trust_remote_code: Run code that a checkpoint brings along.
+        layout: Where a module of your own has its attention, if it is not found by itself.
 
     Raises:
         InputError: The source cannot be found.
@@ -68,7 +71,7 @@ def load(
         (2, 4, 4)
     """
     if isinstance(source, nn.Module):
-        return Model(source, tokenizer)
+        return Model(source, tokenizer, layout=layout)
     name = str(source)
     shipped = name.startswith("demo-") and not Path(name).exists()
     place = demos.path(name) if shipped else source
@@ -88,28 +91,44 @@ def load(
                 "Give one with tokenizer=, or load the model yourself and give probe.load that."
             ) from error
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(nn.Module.to(module, target), tokenizer, name=name)
+    return Model(nn.Module.to(module, target), tokenizer, name=name, layout=layout)
 
 
 class Model:
     """A tapped model. Use it as a context manager, or `close` it, to get the model back unchanged.
 
     Attributes:
-        module: The transformers model.
+        module: The model.
         tokenizer: Its tokenizer, or None.
         name: What it was loaded as.
         tap: Where its attention is read.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any = None, *, name: str | None = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        layout: Layout | None = None,
+    ):
         self.module = module
         self.tokenizer = tokenizer
-        self.base = _base(module)
-        name = name or self.base.config._name_or_path or type(module).__name__
+        self.tap = Tap(module, layout)
+        name = name or getattr(self.config, "_name_or_path", None) or type(self.base).__name__
         # A store's record names a model in a local folder by the folder, not by the machine's path.
         self.name = Path(name).resolve().name if Path(name).is_dir() else name
         self._text: dict[int, str] = {}  # what each token says, once it was asked
-        self.tap = Tap(module)
+
+    @property
+    def base(self) -> nn.Module:
+        """The transformers model, inside all wrappers; else the module itself."""
+        return self.tap.intake.base
+
+    @property
+    def config(self) -> Any:
+        """Its config, or None."""
+        return getattr(self.base, "config", None)
 
     @property
     def envoy(self) -> Envoy:
@@ -128,38 +147,42 @@ class Model:
 
     @property
     def n_heads(self) -> int:
-        """Query heads in a layer."""
-        return self.tap.n_heads
+        """Query heads in a layer; where layers differ, the most (see `tap.shapes`)."""
+        return max(shape.heads for shape in self.tap.shapes.values())
 
     @property
     def n_kv_heads(self) -> int:
-        """Key heads in a layer."""
-        return self.tap.n_kv_heads
+        """Key heads in a layer; where layers differ, the most."""
+        return max(shape.kv_heads for shape in self.tap.shapes.values())
 
     @property
     def context(self) -> int | None:
         """Longest input in tokens, or None where the model states no limit."""
-        limit = getattr(self.base.config, "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        return self.tap.intake.context
 
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding: token ids are below it."""
-        return vocabulary_size(self.base)
+        return self.tap.intake.vocabulary
 
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.base.device
+        return self.tap.intake.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.tap.intake.dtype
 
     def __call__(self, inputs: Inputs, **kwargs: Any) -> Any:
         """Run the model on text, texts, token ids, or what a tokenizer returns.
 
         Returns:
-            What the transformers model returns.
+            What the model returns.
         """
         with self.tap.watch.lock:
-            return self.module(**self.batch(inputs), **kwargs)
+            return self.tap.call(self.batch(inputs) | kwargs)
 
     @contextmanager
     def intervene(self, *interventions: Intervention) -> Iterator["Model"]:
@@ -181,11 +204,7 @@ class Model:
             ...     text = model.generate("abc", max_new_tokens=2)
         """
         for one in interventions:
-            if not callable(getattr(one, "edits", None)):
-                raise InputError(
-                    f"{one!r:.60} is not an intervention. Give objects with a method edits(call), "
-                    "such as probe.Bias(...)."
-                )
+            require(one)
         self.tap.check()
         with self.tap.watch.on(*interventions):
             yield self
@@ -238,7 +257,7 @@ class Model:
         """
         with self.hooks(fwd_hooks, bwd_hooks):
             batch = self.batch(inputs)
-            return self._returned(self.module(**batch), batch, return_type)
+            return self._returned(self.tap.call(batch), batch, return_type)
 
     def run_with_cache(
         self,
@@ -283,9 +302,15 @@ class Model:
         else:
             chosen = (sites,) if isinstance(sites, str) else tuple(sites)
             places = [p for site in chosen for p in resolve((site, layers), self.layers)]
-        absolute = selection.axis(heads, self.n_heads, "heads")
+        fewest = min(self.tap.shapes[layer].heads for _, layer in places)
+        absolute = selection.axis(heads, fewest, "heads")
         self.tap.check()
         batch = self.batch(inputs)
+        if "input_ids" not in batch:
+            raise InputError(
+                "run_with_cache labels what it keeps by token ids, and these inputs have none. "
+                "Give token ids, or read them with hooks."
+            )
         found = record(
             self.tap,
             batch,
@@ -327,13 +352,23 @@ class Model:
         """What a forward is asked to return."""
         if return_type is None:
             return None
-        logits = output.logits
+        if return_type not in ("logits", "loss", "both"):
+            raise InputError(f"return_type={return_type!r}. Choose logits, loss, both or None.")
+        logits = logits_of(output)
+        if logits is None:
+            raise InputError(
+                f"{type(self.module).__name__} returned a {type(output).__name__} without logits "
+                "(batch, position, vocabulary). Use return_type=None, or call the model itself."
+            )
         if return_type == "logits":
             return logits
-        if return_type not in ("loss", "both"):
-            raise InputError(f"return_type={return_type!r}. Choose logits, loss, both or None.")
         ids = batch["input_ids"]
         real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+        if real.ndim != 2:
+            raise InputError(
+                f"a loss leaves padding out, which a mask of shape {tuple(real.shape)} does not "
+                "tell from text. Give a mask (batch, position), or use return_type='logits'."
+            )
         each = [next_token_nll(x[r], i[r]) for x, i, r in zip(logits, ids, real, strict=True)]
         loss = torch.cat(each).mean()
         return loss if return_type == "loss" else (logits, loss)
@@ -357,9 +392,10 @@ class Model:
             torch.Size([1, 6])
         """
         generate: Any = getattr(self.module, "generate", None)
-        if generate is None:
+        if generate is None or not isinstance(self.base, PreTrainedModel):
             raise InputError(
-                f"{type(self.module).__name__} has no method generate. Call the model step by step."
+                f"{type(self.module).__name__} has no method generate, or one of its own. Call the "
+                "model step by step, or model.module.generate, inside model.intervene(...)."
             )
         batch = self.batch(inputs, side="left")
         mask = batch.get("attention_mask")
@@ -370,13 +406,15 @@ class Model:
             )
         if not isinstance(inputs, Mapping):
             batch.pop("position_ids", None)  # generate counts them itself
-        with self.tap.watch.lock:
+        # Read in pieces or without a cache, what is generated could not be told from the prompt.
+        prompt = mask.sum(1) if mask is not None and mask.ndim == 2 else None
+        with self.tap.watch.on(prompt=prompt):
             return generate(**{"pad_token_id": self.padding} | batch | kwargs)
 
     @property
     def stop_tokens(self) -> frozenset[int]:
         """Token ids that end what is generated."""
-        config = getattr(self.base, "generation_config", None) or self.base.config
+        config = getattr(self.base, "generation_config", None) or self.config
         stop = getattr(config, "eos_token_id", None)
         return frozenset([stop] if isinstance(stop, int) else stop or ())
 
@@ -545,22 +583,6 @@ def pad(
         ids[i, where] = torch.as_tensor(row)
         mask[i, where] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _base(module: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a wrapper."""
-    for inner in module.modules():
-        if isinstance(inner, PreTrainedModel):
-            if "decoder_input_ids" in inspect.signature(type(inner).forward).parameters:
-                raise UnsupportedModelError(
-                    f"{type(inner).__name__} has an encoder and a decoder, whose attention is over "
-                    "different tokens. Give one of them: probe.load(model.get_encoder())."
-                )
-            return inner
-    raise UnsupportedModelError(
-        f"{type(module).__name__} is not a transformers model and holds none, so its attention "
-        "cannot be found. Give a transformers model, or a wrapper (peft, DDP) around one."
-    )
 
 
 def _unloadable(name: str, error: Exception) -> InputError | UnsupportedModelError:

@@ -199,6 +199,8 @@ def plan(
     if not isinstance(model, Model):
         raise InputError(f"model is a {type(model).__name__}. Give what probe.load returns.")
     model.tap.check()
+    with model.tap.watch.lock:  # not those of another thread
+        around = model.tap.watch.interventions
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
     _check(sites, dtype, batch_size, max_length)
     _check_new(model, max_new_tokens)
@@ -206,16 +208,17 @@ def plan(
     ready = (model, queries, keys, max_length, max_new_tokens)
     items = tuple(_item(problem, *ready) for problem in source)
     chosen_layers = _layers(model, layers)
-    chosen_heads = selection.axis(heads, model.n_heads, "heads")
+    shape = model.tap.shape(chosen_layers)
+    chosen_heads = selection.axis(heads, shape.heads, "heads")
     config = {
         "model": {
             "class": type(model.base).__name__,
             "fingerprint": model.fingerprint(),
-            "dtype": str(model.base.dtype).removeprefix("torch."),
+            "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": model.tap.implementation,
         },
         # Those of a `with model.intervene(...)` around the run shape its numbers too.
-        "interventions": [as_data(i) for i in (*model.tap.watch.interventions, *interventions)],
+        "interventions": [as_data(i) for i in (*around, *interventions)],
         "tokens_sha256": _digest([[i.problem.id, list(i.token_ids)] for i in items]),
         "sites": list(sites),
         "layers": list(chosen_layers),
@@ -226,7 +229,7 @@ def plan(
         "max_new_tokens": max_new_tokens,
         "dtype": dtype,
         # In 16 bits a kernel rounds visibly differently in another batch.
-        "batch_size": batch_size if model.base.dtype.itemsize < 4 else None,
+        "batch_size": batch_size if model.dtype.itemsize < 4 else None,
     }
     equal = _length_matters(model)
     size = 1 if equal and max_new_tokens else batch_size  # how long they will get is not known
@@ -241,7 +244,7 @@ def plan(
         max_new_tokens=max_new_tokens,
         queries=queries,
         keys=keys,
-        z_width=model.tap.value_dim,
+        z_width=shape.width,
         config=config,
         attrs=_story(model, source, config),
         batches=tuple(_batches(items, size, cell_bytes, equal=equal)),
@@ -354,7 +357,7 @@ def _length_matters(model: Model) -> bool:
             for name, inner in value.items():
                 yield from [inner] if name in ("rope_type", "type") else kinds(inner)
 
-    rope = getattr(model.base.config, "rope_parameters", None)
+    rope = getattr(model.config, "rope_parameters", None)
     return bool({"dynamic", "longrope"} & set(kinds(rope)))
 
 
@@ -362,7 +365,7 @@ def _story(model: Model, problems: Problems, config: Mapping[str, Any]) -> dict[
     packages = {"probe": "attn-probe"} | {n: n for n in ("nnsight", "transformers", "torch")}
     return {
         "model": model.name,
-        "revision": getattr(model.base.config, "_commit_hash", None),
+        "revision": getattr(model.config, "_commit_hash", None),
         "model_class": config["model"]["class"],
         "dtype": config["model"]["dtype"],
         "attn_implementation": config["model"]["attn_implementation"],
@@ -383,12 +386,12 @@ def _story(model: Model, problems: Problems, config: Mapping[str, Any]) -> dict[
 
 def _seconds(model: Model, items: Sequence[Item]) -> float:
     weights = sum(p.numel() for p in model.module.parameters())
-    width = getattr(model.base.config, "hidden_size", 0)
+    width = getattr(model.config, "hidden_size", 0)
     operations = sum(
         2 * weights * item.length + 2 * len(model.layers) * width * item.length**2 for item in items
     )
     with torch.no_grad():
-        x = torch.ones(512, 512, dtype=model.base.dtype, device=model.device)
+        x = torch.ones(512, 512, dtype=model.dtype, device=model.device)
         float((x @ x)[0, 0])
         start = time.perf_counter()
         for _ in range(8):

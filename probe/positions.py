@@ -74,6 +74,11 @@ def chosen(selector: Selector, position: Tensor, prompt: Tensor, name: str) -> T
     """
     ends = prompt[:, None]
     if isinstance(selector, str):
+        if selector.startswith("segment:"):
+            raise InputError(
+                f"{name}={selector!r} cannot be chosen here, where segments are not known. Use "
+                "positions, 'first:6' or 'last:6'."
+            )
         side, n = end(selector, name)
         start = torch.zeros_like(ends) if side == "first" else ends - n
         return (position >= start.clamp_min(0)) & (position < torch.minimum(start + n, ends))
@@ -89,7 +94,7 @@ def chosen(selector: Selector, position: Tensor, prompt: Tensor, name: str) -> T
                     f"Use 0 to {shortest - 1}, or an open slice to reach tokens that are generated."
                 )
             here = here | (position == (ends + part if part < 0 else part))
-    return here & (position >= 0)
+    return here
 
 
 def _between(part: slice, position: Tensor, ends: Tensor) -> Tensor:
@@ -106,7 +111,8 @@ def _between(part: slice, position: Tensor, ends: Tensor) -> Tensor:
 class Ruler:
     """Knows which tokens a model reads, from the inputs of each of its forwards."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ids: str = "input_ids") -> None:
+        self._ids = ids
         self._signature = inspect.signature(type(model).forward)
         # Set them to say how much of each input is the prompt, and how much is not padding.
         self.prompt: Tensor | None = None
@@ -119,30 +125,36 @@ class Ruler:
         self._lengths = torch.zeros(1, dtype=torch.long)
         self._new = 0
         self._placed: dict[tuple[int, int, torch.device], Positions] = {}
-        self._cache: Callable[[], object] = lambda: None
+        self._cache: Callable[[], object] = _none
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take the inputs of a forward: its mask, or the position ids beside a ready 4-D mask."""
         self._placed.clear()
         given = self._signature.bind(None, *args, **kwargs).arguments
         given |= given.get("kwargs", {})
-        inputs = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+        inputs = (given.get(name) for name in (self._ids, "inputs_embeds"))
         tokens = next((x for x in inputs if isinstance(x, Tensor)), None)
         if tokens is None:
             self.position = None
             return
         cache = given.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        goes_on = past > 0 and self._cache() is cache
+        # A cache that the model made for itself is first seen when the next forward is given it.
+        before = self.position
+        made = self._cache is _none and before is not None and before.shape[1] == past
+        goes_on = past > 0 and (made or self._cache() is cache)
         if self.length is None:
-            real = _tokens(given, tokens, past, self.position if goes_on else None)
+            real = _tokens(given, tokens, past, before if goes_on else None)
         else:
             real = torch.arange(tokens.shape[1]) < self.length[:, None]
         self.position = (real.long().cumsum(1) - 1).masked_fill(~real, -1)
         self._new = tokens.shape[1]
         if not goes_on:
             self._lengths = real.sum(1)
-            self._cache = (lambda: None) if cache is None else weakref.ref(cache)
+        if cache is None:
+            self._cache = _none
+        elif self._cache() is not cache:
+            self._cache = weakref.ref(cache)
 
     def same(self, position: Tensor | None) -> bool:
         """Whether the tokens are where they were."""
@@ -166,6 +178,8 @@ class Ruler:
         key = position[:, max(0, total - n_keys) :]
         key = nn.functional.pad(key, (0, n_keys - key.shape[1]), value=-1)
         prompt = self._lengths if self.prompt is None else self.prompt
+        if len(prompt) not in (1, len(position)):  # beams of each input, one after the other
+            prompt = prompt.repeat_interleave(len(position) // len(prompt))
         place = Positions(position[:, total - n_queries :], key, prompt.to(device))
         self._placed[n_queries, n_keys, device] = place  # the layers of a forward share it
         return place
@@ -180,7 +194,13 @@ def _tokens(given: Mapping[str, Any], tokens: Tensor, past: int, before: Tensor 
     real = torch.ones(batch, past + new, dtype=torch.bool, device=tokens.device)
     if before is not None and before.shape[1] == past:
         real[:, :past] = before >= 0
-    elif isinstance(mask, Tensor | Mapping) and isinstance(ids, Tensor) and not past:
-        # On the left, padding repeats position 0 until the first token has it.
-        real[:, :-1] = (ids[:, :-1] != 0) | (ids[:, 1:] != 0)
+    if isinstance(mask, Tensor | Mapping) and isinstance(ids, Tensor) and ids.shape[1] == new:
+        # On the left, padding repeats position 0 until the first token has it, which in a prefill
+        # in pieces may come after a piece that was padding up to its last column.
+        real[:, past:-1] = (ids[:, :-1] != 0) | (ids[:, 1:] != 0)
+        real[:, :past] &= (ids[:, :1] != 0) | (real[:, :past].sum(1, keepdim=True) > 1)
     return real
+
+
+def _none() -> None:
+    return None

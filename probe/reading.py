@@ -12,7 +12,7 @@ from torch import Tensor
 from probe.attention import Site
 from probe.envoys import AttentionEnvoy
 from probe.indexing import take
-from probe.loss import next_token_nll
+from probe.loss import logits_of, next_token_nll
 from probe.matrices import Readable
 from probe.model import Model
 from probe.planning import Item, Plan, continued
@@ -59,8 +59,9 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
         items = _continue(model, todo, items)
     lengths = torch.tensor([item.length for item in items])
     groups = list(_alike(items))
-    out = [_space(model, todo, alike) for _, alike in groups]
-    heads = None if todo.heads == tuple(range(model.n_heads)) else todo.heads
+    out = [_space(todo, alike) for _, alike in groups]
+    all_heads = tuple(range(model.tap.shape(todo.layers).heads))
+    heads = None if todo.heads == all_heads else todo.heads
 
     def visit(layer: int, attention: AttentionEnvoy) -> None:
         seen = attention.seen
@@ -78,7 +79,7 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
     with model.tap.watch.on(*todo.interventions, prompt=prompts, length=lengths):
         layers = tuple(sorted(todo.layers))
         output = run(model.tap, visit, _inputs(model, items), layers=layers, proof=proof)
-    losses = _losses(getattr(output, "logits", None), items, prompts.tolist())
+    losses = _losses(logits_of(output), items, prompts.tolist())
     arrays: list[dict[str, npt.NDArray[Any]]] = [
         {name: array[n].numpy() for name, array in group.items()}
         for group, (_, alike) in zip(out, groups, strict=True)
@@ -107,13 +108,13 @@ def _continue(model: Model, todo: Plan, items: Sequence[Item]) -> list[Item]:
     return out
 
 
-def _space(model: Model, todo: Plan, alike: Sequence[Item]) -> dict[str, Tensor]:
+def _space(todo: Plan, alike: Sequence[Item]) -> dict[str, Tensor]:
     """Arrays for problems with the same length, rows and columns, uninitialised."""
     rows, columns = len(alike[0].queries), len(alike[0].keys)
     n = (len(alike), len(todo.layers))
     shapes: dict[str, tuple[int, ...]] = {s: (len(todo.heads), rows, columns) for s in todo.sites}
     if "z" in shapes:
-        shapes["z"] = (rows, len(todo.heads), model.tap.value_dim)
+        shapes["z"] = (rows, len(todo.heads), todo.z_width)
     dtype = getattr(torch, todo.dtype)
     return {name: torch.empty(*n, *shape, dtype=dtype) for name, shape in shapes.items()}
 
@@ -159,7 +160,7 @@ def _inputs(model: Model, items: Sequence[Item]) -> dict[str, Any]:
 
 def _losses(logits: Tensor | None, items: Sequence[Item], prompts: Sequence[int]) -> list[float]:
     """Mean next-token loss of each prompt in nats, summed in float32 or wider."""
-    if logits is None:
+    if logits is None or logits.shape[1] < max(prompts):  # some give only those of the last token
         return [float("nan")] * len(items)
     losses = []
     for row, item, n in zip(logits, items, prompts, strict=True):

@@ -7,17 +7,18 @@ second forward as in the first.
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from probe.attention import AttentionCall
+from probe.compiled import eagerly
 from probe.errors import InputError, UnsupportedModelError, WiringError
 from probe.interventions import Add, Change, Intervention
 from probe.positions import Ruler
-from probe.proof import prove
+from probe.proof import prove, prove_softmax
 
 
 class Watch:
@@ -29,17 +30,28 @@ class Watch:
         interventions: In the order in which they act.
         causal: Whether no layer sees the future.
         proving: Whether each layer proves that what is read is what the model computed.
+        inside: What the forward that runs has entered, left when nobody watches any more.
     """
 
-    def __init__(self, model: nn.Module, n_layers: int, *, causal: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        n_layers: int,
+        *,
+        causal: bool,
+        whole: nn.Module,
+        ids: str = "input_ids",
+    ) -> None:
         self.lock = threading.RLock()
-        self.ruler = Ruler(model)
+        self.ruler = Ruler(model, ids)
         self.interventions: tuple[Intervention, ...] = ()
         self.n_layers, self.causal = n_layers, causal
         self.proving = False
-        self._model = model
+        self.inside = ExitStack()
+        self._model, self._whole = model, whole
         self._depth, self._thread = 0, 0
         self._running = self._checkpointing = False
+        self._refused: set[int] = set()
         self._marks: weakref.WeakSet[_Token] = weakref.WeakSet()
 
     @contextmanager
@@ -56,7 +68,7 @@ class Watch:
             prompt: (batch), tokens of each input that are its prompt; default all.
             length: (batch), tokens of each input, where it is padded on the right without a mask.
         """
-        with self.lock:
+        with self.lock, eagerly(self._whole):
             ruler = self.ruler
             outside = self.interventions, ruler.prompt, ruler.length
             if self._depth == 0:
@@ -76,6 +88,7 @@ class Watch:
                 self._depth -= 1
                 if self._depth == 0:
                     self._running = False
+                    self.inside.close()
                     ruler.forget()
                     for handle in handles:
                         handle.remove()
@@ -83,7 +96,11 @@ class Watch:
     @property
     def awake(self) -> bool:
         """Whether the next attention call matters to anybody."""
-        return bool(self.interventions) or (bool(self._marks) and _in_backward())
+        if not self.interventions and not self._marks:  # torch.compile can follow this, no more
+            return False
+        if _in_backward():  # perhaps in a thread of autograd's own
+            return True
+        return bool(self.interventions) and threading.get_ident() == self._thread
 
     def edits(self, call: AttentionCall) -> list[Add | Change]:
         """All that the interventions change in a call.
@@ -94,18 +111,21 @@ class Watch:
             UnsupportedModelError: Reentrant gradient checkpointing.
         """
         if _in_backward():
-            for mark in self._marks:
+            # One that nobody marked ran without them; marks of losses still held count too.
+            for mark in list(self._marks) or [_Token((), self.ruler.position)]:
                 if not _same(mark.interventions, self.interventions):
                     raise WiringError(
                         f"layer {call.layer} runs again for its gradients (gradient "
                         "checkpointing), and not under the hooks and interventions of its first "
-                        "run: the gradients would be wrong. Call backward() inside the with block."
+                        "run: the gradients would be wrong. Call forward and backward() inside the "
+                        "same with block, and keep no loss of an earlier one (but loss.item())."
                     )
                 if not self.ruler.same(mark.position):
                     raise WiringError(
                         f"layer {call.layer} runs again for its gradients (gradient "
                         "checkpointing), after another batch was read: which tokens are where is "
-                        "not known any more. Call backward() after each forward."
+                        "not known any more. Call backward() after each forward, and keep no loss "
+                        "of an earlier one (but loss.item())."
                     )
         elif self._checkpointing and not torch.is_grad_enabled():
             raise UnsupportedModelError(
@@ -116,11 +136,14 @@ class Watch:
 
     def mark(self, z: Tensor) -> Tensor:
         """Remember, for as long as the graph of z lives, under which interventions it was made."""
-        if not (self._checkpointing and z.requires_grad and self.interventions) or _in_backward():
+        if not (self.interventions and torch.is_grad_enabled()):
             return z
+        # Below the first weight that is trained z has no gradient; run again it is all the same.
+        anchor = torch.zeros((), requires_grad=self._checkpointing)
         token = _Token(self.interventions, self.ruler.position)
-        self._marks.add(token)
-        marked: Tensor = _Mark.apply(z, token)  # type: ignore[no-untyped-call]
+        if not _in_backward():
+            self._marks.add(token)
+        marked: Tensor = _Mark.apply(z, anchor, token)  # type: ignore[no-untyped-call]
         return marked
 
     def prove(self, call: AttentionCall, z: Tensor) -> None:
@@ -128,26 +151,42 @@ class Watch:
         if self.proving:
             prove(call, z, causal=self.causal)
 
+    def prove_softmax(self, call: AttentionCall, own: Tensor) -> None:
+        """Prove what a module's own softmax returned, likewise."""
+        if self.proving:
+            prove_softmax(call, own, causal=self.causal)
+
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() != self._thread:
+        thread = threading.get_ident()
+        if thread != self._thread:
+            self._refused.add(thread)
             raise InputError(
                 "this model is watched by another thread now. Call it through its probe.Model, "
                 "which waits, or give each thread a model of its own."
             )
         if self._running:
+            self._refused.add(thread)
             raise InputError(
                 "this model was called inside its own forward, by a hook, an intervention or the "
                 "body of a trace. Call it before or after, or use a second copy."
             )
         self._running = True
-        self._checkpointing = torch.is_grad_enabled() and any(
-            m.training and getattr(m, "gradient_checkpointing", False)
-            for m in self._model.modules()
+        self._checkpointing = (
+            torch.is_grad_enabled()
+            and any(
+                m.training and getattr(m, "gradient_checkpointing", False)
+                for m in self._model.modules()
+            )
+            and any(p.requires_grad for p in self._model.parameters())
         )
         self.ruler.read(args, kwargs)
 
     def _after(self, *_: object) -> None:
-        self._running = False
+        thread = threading.get_ident()
+        if thread in self._refused:  # this is called of refused forwards too
+            self._refused.remove(thread)
+        else:
+            self._running = False
 
 
 class _Token:
@@ -159,13 +198,13 @@ class _Mark(torch.autograd.Function):
     """The identity, whose node in the graph keeps a token alive."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, token: _Token) -> Tensor:
+    def forward(ctx: Any, z: Tensor, _: Tensor, token: _Token) -> Tensor:
         ctx.token = token
         return z.view_as(z)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0], None
+        return grads[0], None, None
 
 
 def _same(some: Sequence[object], others: Sequence[object]) -> bool:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import probe
-from probe.errors import InputError, ProbeError
+from probe.errors import InputError, ProbeError, WiringError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -76,9 +76,25 @@ def demo(
 
 
 @app.command()
-def check(model: ModelName) -> None:
-    """Prove that a model's attention can be read."""
+def check(
+    model: Annotated[str | None, typer.Argument(help="Hub name, local folder or demo-...")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every architecture of transformers, tiny and random.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --all: for scripts.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(help="With --all: write the table here as a page.")
+    ] = None,
+) -> None:
+    """Prove that the attention of a model can be read, or of every architecture."""
+    if every == (model is not None):
+        raise InputError("check what? Give a model, or --all for every architecture.")
+    if not every and (as_json or markdown is not None):
+        raise InputError("--json and --markdown go with --all. Leave them out, or the model.")
     _quiet()
+    if model is None:
+        _check_all(as_json, markdown)
+        return
     from importlib.metadata import version
 
     import recipes
@@ -103,7 +119,7 @@ def capture(
     n: Annotated[int | None, typer.Option("-n", help="Problems to take.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draw them with this seed.")] = None,
     sites: Annotated[
-        str, typer.Option(help="pattern, scores, or both: pattern,scores.")
+        str, typer.Option(help="pattern, scores, z, or several: pattern,z.")
     ] = "pattern",
     layers: Selector = None,
     heads: Selector = None,
@@ -112,6 +128,7 @@ def capture(
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     batch_size: Annotated[int | None, typer.Option(help="Problems in a batch at most.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Cut problems to so many tokens.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Let the model go on so far.")] = 0,
     on_error: Annotated[str, typer.Option(help="record or raise.")] = "record",
     overwrite: Annotated[bool, typer.Option(help="Replace a store that is there.")] = False,
     plan: Annotated[bool, typer.Option(help="Only say what would be done.")] = False,
@@ -128,6 +145,7 @@ def capture(
         "dtype": dtype,
         "batch_size": batch_size,
         "max_length": max_length,
+        "max_new_tokens": max_new_tokens,
     }
     with probe.load(model) as loaded:
         if plan:
@@ -212,6 +230,34 @@ def plot(
     except (OSError, ValueError) as error:
         raise InputError(f"{out} cannot be written: {error}.") from error
     typer.echo(out)
+
+
+def _check_all(as_json: bool, markdown: Path | None) -> None:
+    from tqdm import tqdm
+
+    from recipes import architectures
+    from recipes.architectures_tiny import MODEL_TYPES
+
+    rows = list(tqdm(architectures.table(), total=len(MODEL_TYPES), unit="model", leave=False))
+    if markdown is not None:
+        try:
+            markdown.write_text(architectures.markdown(rows), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{markdown} cannot be written: {error}.") from error
+    if as_json:
+        typer.echo(json.dumps([architectures.as_json(row) for row in rows], indent=2))
+    else:
+        captured = [architectures.cells(row) for row in rows if row.outcome == "captured"]
+        others = [architectures.cells(row) for row in rows if row.outcome != "captured"]
+        _table(architectures.HEADINGS, captured)
+        typer.echo()
+        _table(architectures.OTHER_HEADINGS, others)
+    typer.echo(architectures.summary(rows), err=as_json)
+    if wrong := [row.model_type for row in rows if row.outcome == "WRONG"]:
+        raise WiringError(
+            f"what is read of {', '.join(wrong)} is not what the model computes. Do not capture "
+            "such models with these versions."
+        )
 
 
 def selector(text: str | None) -> Any:

@@ -3,7 +3,7 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_a_layer_that_was_not_read_is_an_error_and_never_data(
 
 def test_a_model_that_is_closed_or_switched_is_refused(tmp_path: Path) -> None:
     model = probe.load("demo-llama")
-    model.base.set_attn_implementation("eager")
+    cast(Any, model.base).set_attn_implementation("eager")
     with pytest.raises(InputError, match="LlamaForCausalLM was changed to 'eager' after"):
         probe.capture(model, IDS, tmp_path / "s", progress=False)
     model.close()
