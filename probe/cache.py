@@ -195,8 +195,6 @@ def record(
         queries: Rows by token position: see `probe.selection.positions`.
         keys: Columns, likewise.
     """
-    if not places:
-        raise InputError("sites=() keeps nothing. Name at least one, as sites='pattern'.")
     order = {site: n for n, site in enumerate(("q", "k", "v", "scores", "pattern", "z"))}
     by_layer: dict[int, list[Site]] = {}
     for site, layer in sorted(set(places), key=lambda place: (place[1], order[place[0]])):

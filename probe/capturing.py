@@ -3,19 +3,19 @@
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
 import torch
 import xarray as xr
-from torch import nn
 from tqdm.auto import tqdm
 
 from probe import store as stores
 from probe.disk import size
 from probe.errors import InputError, StoreError, UnsupportedModelError, WiringError
+from probe.hearing import reading
 from probe.interventions import Intervention
 from probe.model import Model
 from probe.planning import Plan, plan
@@ -107,7 +107,7 @@ def capture(
     )
     path = Path(store).expanduser()
     with ExitStack() as stack:
-        stack.enter_context(_reading(model.module))
+        stack.enter_context(reading(model.module))
         if overwrite or stores.vacant(path):
             writer, pending = None, set(range(len(todo.items)))
             _require_room(todo, path)
@@ -167,19 +167,6 @@ def _create(model: Model, todo: Plan, path: Path, overwrite: bool) -> stores.Wri
         attrs=todo.attrs,
         overwrite=overwrite,
     )
-
-
-@contextmanager
-def _reading(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, opened here and not inside a trace, where it would leak."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training in modes.items():
-            m.training = training
 
 
 def _outcomes(

@@ -4,20 +4,18 @@ A softmax, or a scaled_dot_product_attention, over (query, key) makes a module a
 is trusted: a `Witness` of each proves that what it reads is what the module computes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from probe.compiled import eagerly
 from probe.errors import ProbeError, UnsupportedModelError
+from probe.hearing import Heard, distinct, layer_number, reading
 from probe.intake import Intake, settled
-from probe.interface import Heard, distinct, layer_number
 from probe.layout import Layout, placed
 from probe.owncode import EAR, FUNCTIONS, Kind, Spot
 from probe.witness import Witness
@@ -34,7 +32,6 @@ class Found(NamedTuple):
     causal: bool
 
 
-@torch.no_grad()
 def discover(module: nn.Module, intake: Intake, layout: Layout | None = None) -> Found:
     """Find and prove the attention modules of a model.
 
@@ -56,7 +53,7 @@ def discover(module: nn.Module, intake: Intake, layout: Layout | None = None) ->
             "it) before loading the same module again."
         )
     ids = intake.sample()
-    with _reading(module):
+    with reading(module):
         recorder = _Recorder(module, ids)
         _forward(module, intake, ids, recorder)
         witnesses = [Witness(*one) for one in _spots(module, recorder.events, named)]
@@ -68,18 +65,6 @@ def discover(module: nn.Module, intake: Intake, layout: Layout | None = None) ->
         proven = [w.proven(causal) for w in witnesses]
     spots, heard = [spot for spot, _ in proven], [one for _, one in proven]
     return Found(settled(intake, layout, ids, recorder.tables), spots, heard, causal)
-
-
-@contextmanager
-def _reading(module: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        with eagerly(module):
-            yield
-    finally:
-        for m, training in modes.items():
-            m.training = training
 
 
 def _forward(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probe.errors import InputError, UnsupportedModelError
-from probe.interface import placement, vocabulary_size
+from probe.hearing import placement, vocabulary_size
 from probe.layout import Layout
 
 _TOKENS = 17  # of a short forward: seldom a number of experts, of heads or of channels

@@ -302,6 +302,8 @@ class Model:
         else:
             chosen = (sites,) if isinstance(sites, str) else tuple(sites)
             places = [p for site in chosen for p in resolve((site, layers), self.layers)]
+        if not places:
+            raise InputError("sites=() keeps nothing. Name at least one, as sites='pattern'.")
         fewest = min(self.tap.shapes[layer].heads for _, layer in places)
         absolute = selection.axis(heads, fewest, "heads")
         self.tap.check()

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from probe.discovery import Found, discover
 from probe.envoys import AttentionEnvoy, LazyEnvoy, Publisher, RootEnvoy
 from probe.errors import InputError, UnsupportedModelError, WiringError
+from probe.hearing import numbered, overhear
 from probe.intake import Intake, guess
-from probe.interface import LISTENER, implementations, numbered, overhear, register
+from probe.interface import LISTENER, implementations, register
 from probe.layout import Layout
 from probe.owncode import Ear
 from probe.proof import prove

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from probe.attention import AttentionCall
 from probe.errors import UnsupportedModelError, WiringError
-from probe.interface import Heard, Kernel
+from probe.hearing import Heard
+from probe.interface import Kernel
 from probe.owncode import Ear, Finish, Spot
 from probe.proof import prove, prove_mixing, prove_softmax
 
