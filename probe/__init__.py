@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from probe.capturing import capture
     from probe.interventions import Bias, Edit, Intervention
     from probe.layout import Layout
-    from probe.model import Model, load
+    from probe.loading import load
+    from probe.model import Model
     from probe.planning import Plan, plan
     from probe.schema import valid
     from probe.store import open
@@ -32,7 +33,7 @@ _HOME = {
     "Model": "model",
     "Plan": "planning",
     "capture": "capturing",
-    "load": "model",
+    "load": "loading",
     "open": "store",
     "plan": "planning",
     "valid": "schema",

@@ -10,18 +10,14 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from probe import schema, selection
+from probe import schema
 from probe.arrays import label_columns
-from probe.attention import Site as MatrixSite
-from probe.envoys import AttentionEnvoy
 from probe.errors import InputError
 from probe.hooks import Name, full_name, resolve
 from probe.indexing import take
 from probe.interventions import Site
-from probe.matrices import Readable
 from probe.schema import Labels
-from probe.selection import Selector
-from probe.tap import Tap, require_alike, run
+from probe.tap import require_alike
 
 Columns = Sequence[Sequence[int]]  # for each sequence of a batch, columns of the padded batch
 
@@ -33,8 +29,6 @@ _AXES: Mapping[Site, tuple[str, ...]] = {
     "pattern": ("head", "query", "key"),
     "z": ("query", "head", "head_dim"),
 }
-# What `AttentionCall` calls them.
-_INPUTS: Mapping[Site, str] = {"q": "query", "k": "key", "v": "value"}
 
 
 @dataclass(eq=False)
@@ -155,133 +149,3 @@ class Cache(Mapping[str, Tensor]):
                     cell[dim] = slice(part.shape[dim])
             out[item][tuple(cell)] = part
         return cast("npt.NDArray[np.float32]", out.numpy())
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """What `record` read.
-
-    Attributes:
-        output: What the model returned.
-        tensors: By site and layer, as in `Cache`.
-        positions: (batch, n) token position of each column of the padded batch, -1 for padding.
-        queries: The rows that were chosen, as columns of the padded batch; None for all.
-        keys: Likewise the columns.
-    """
-
-    output: Any
-    tensors: dict[tuple[Site, int], Tensor]
-    positions: Sequence[Sequence[int]]
-    queries: Columns | None
-    keys: Columns | None
-
-
-def record(
-    tap: Tap,
-    inputs: Mapping[str, Any],
-    places: Sequence[tuple[Site, int]],
-    *,
-    heads: Sequence[int] | None = None,
-    queries: Selector = None,
-    keys: Selector = None,
-) -> Recorded:
-    """One traced forward that keeps activations; only what is asked is computed.
-
-    Args:
-        tap: Of the model.
-        inputs: What the model's forward takes, by name.
-        places: (site, absolute layer) to keep.
-        heads: Absolute query heads, default all.
-        queries: Rows by token position: see `probe.selection.positions`.
-        keys: Columns, likewise.
-    """
-    order = {site: n for n, site in enumerate(("q", "k", "v", "scores", "pattern", "z"))}
-    by_layer: dict[int, list[Site]] = {}
-    for site, layer in sorted(set(places), key=lambda place: (place[1], order[place[0]])):
-        by_layer.setdefault(layer, []).append(site)
-    tensors: dict[tuple[Site, int], Tensor] = {}
-    found: list[tuple[Sequence[Sequence[int]], Columns | None, Columns | None]] = []
-
-    def visit(layer: int, envoy: AttentionEnvoy) -> None:
-        sites = by_layer[layer]
-        call = envoy.call if {"q", "k", "v"} & set(sites) else None
-        seen = envoy.seen
-        if not found:
-            where = _positions(tap, seen)
-            rows = _chosen(queries, where, "queries")
-            found.append((where, rows, _chosen(keys, where, "keys")))
-        _, rows, columns = found[0]
-        for site in sites:
-            if site in ("scores", "pattern"):
-                tensors[site, layer] = _matrix(seen, site, rows, columns, heads)
-            elif site == "z":
-                tensors[site, layer] = take(_pick(envoy.z, rows), heads, 2).clone()
-            else:
-                x = getattr(call, _INPUTS[site]).transpose(1, 2)
-                some = _pick(x, rows if site == "q" else columns)
-                tensors[site, layer] = take(some, heads if site == "q" else None, 2).clone()
-
-    output = run(tap, visit, inputs, layers=tuple(by_layer))
-    return Recorded(output, tensors, *found[0])
-
-
-def _positions(tap: Tap, seen: Readable) -> Sequence[Sequence[int]]:
-    """Token positions of the batch's columns; where nobody knows them, the columns themselves."""
-    batch, _, rows, keys = seen.shape
-    place = tap.watch.ruler.place(rows, keys, torch.device("cpu"))
-    columns = torch.arange(keys)[None] if place is None else place.key
-    return cast("list[list[int]]", columns.expand(batch, -1).tolist())
-
-
-def _chosen(selector: Selector, positions: Sequence[Sequence[int]], name: str) -> Columns | None:
-    """The columns that a selection names in each sequence, as many in each."""
-    if selector is None:
-        return None
-    found = []
-    for item, each in enumerate(positions):
-        real = [column for column, position in enumerate(each) if position >= 0]
-        some = selection.positions(selector, len(real), name=name, problem=str(item))
-        found.append([real[n] for n in some])
-    if len({len(some) for some in found}) > 1:
-        raise InputError(
-            f"{name}={selector!r} selects {', '.join(str(len(some)) for some in found)} tokens of "
-            "the sequences of this batch, which one tensor cannot hold. Select as many of each, "
-            "run them one by one, or use probe.capture."
-        )
-    return found
-
-
-def _pick(x: Tensor, columns: Columns | None) -> Tensor:
-    """Rows (batch, n, ...) of each sequence."""
-    if columns is None:
-        return x
-    return torch.stack([take(part, own, 0) for part, own in zip(x, columns, strict=True)])
-
-
-def _matrix(
-    seen: Readable,
-    site: MatrixSite,
-    rows: Columns | None,
-    columns: Columns | None,
-    heads: Sequence[int] | None,
-) -> Tensor:
-    """Scores or a pattern, (batch, head, query, key)."""
-    batch, n_heads, n_rows, n_keys = seen.shape
-    own = [
-        (None if rows is None else rows[i], None if columns is None else columns[i])
-        for i in range(batch)
-    ]
-    if any(pair != own[0] for pair in own):
-        parts = [seen.cut(slice(i, i + 1), n_keys) for i in range(batch)]
-        each = [
-            _matrix(part, site, [r] if r else None, [c] if c else None, heads)
-            for part, (r, c) in zip(parts, own, strict=True)
-        ]
-        return torch.cat(each)
-    queries, keys = own[0]
-    if torch.is_grad_enabled():
-        read = seen.scores if site == "scores" else seen.pattern
-        return read(queries=queries, keys=keys, heads=heads)
-    shape = (batch, len(heads or range(n_heads)), len(queries or range(n_rows)))
-    out = torch.empty(*shape, len(keys or range(n_keys)), dtype=seen.dtype, device=seen.device)
-    return seen.fill(out, site, queries=queries, keys=keys, heads=heads)

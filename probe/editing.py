@@ -12,7 +12,7 @@ from probe.attention import AttentionCall
 from probe.errors import InputError
 from probe.interventions import Add, Change, Site
 
-_INPUTS: dict[Site, str] = {"q": "query", "k": "key", "v": "value"}
+INPUTS: dict[Site, str] = {"q": "query", "k": "key", "v": "value"}
 
 
 def edited(call: AttentionCall, edits: Sequence[Add | Change]) -> AttentionCall:
@@ -20,7 +20,7 @@ def edited(call: AttentionCall, edits: Sequence[Add | Change]) -> AttentionCall:
 
     What was given is never written to: keys and values belong to the cache.
     """
-    for site, name in _INPUTS.items():
+    for site, name in INPUTS.items():
         given = getattr(call, name)
         value, cut = changed(site, given.transpose(1, 2), edits)
         if cut:

@@ -22,3 +22,13 @@ class StoreError(ProbeError, OSError):
 
 class InputError(ProbeError, ValueError):
     """A value given by the user cannot be used."""
+
+
+def first_line(error: Exception) -> str:
+    r"""What an error of another package says, in one line.
+
+    Example:
+        >>> first_line(ValueError("\n no such file\nsee below"))
+        'no such file'
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

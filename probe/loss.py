@@ -1,9 +1,14 @@
-"""The next-token loss."""
+"""The next-token loss, and what a forward is asked to return."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from probe.errors import InputError
+
+ReturnType = Literal["logits", "loss", "both"] | None
 
 
 def next_token_nll(logits: Tensor, token_ids: Tensor) -> Tensor:
@@ -40,3 +45,40 @@ def logits_of(output: Any) -> Tensor | None:
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
         return None
     return logits
+
+
+def returned(output: Any, batch: Mapping[str, Any], return_type: ReturnType, *, who: str) -> Any:
+    """What a forward is asked to return, as in TransformerLens.
+
+    Args:
+        output: What the model returned.
+        batch: What it was given: input_ids and perhaps attention_mask, (batch, position).
+        return_type: "logits" (batch, position, vocabulary); "loss", the mean next-token loss over
+            all tokens in nats, padding left out; "both"; or None.
+        who: The model, for messages.
+
+    Raises:
+        InputError: There are no logits, or what is padding is not known.
+    """
+    if return_type is None:
+        return None
+    if return_type not in ("logits", "loss", "both"):
+        raise InputError(f"return_type={return_type!r}. Choose logits, loss, both or None.")
+    logits = logits_of(output)
+    if logits is None:
+        raise InputError(
+            f"{who} returned a {type(output).__name__} without logits "
+            "(batch, position, vocabulary). Use return_type=None, or call the model itself."
+        )
+    if return_type == "logits":
+        return logits
+    ids = batch["input_ids"]
+    real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    if real.ndim != 2:
+        raise InputError(
+            f"a loss leaves padding out, which a mask of shape {tuple(real.shape)} does not "
+            "tell from text. Give a mask (batch, position), or use return_type='logits'."
+        )
+    each = [next_token_nll(x[r], i[r]) for x, i, r in zip(logits, ids, real, strict=True)]
+    loss = torch.cat(each).mean()
+    return loss if return_type == "loss" else (logits, loss)

@@ -1,97 +1,28 @@
-"""Load a model, give it inputs: `load` and the `Model` that it returns."""
+"""A tapped model: run it, look into it, change it."""
 
-import inspect
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import numpy as np
 import torch
 from nnsight.intervention.envoy import Envoy
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from probe import demos, selection
-from probe.cache import Cache, Recorded, record
-from probe.errors import InputError, UnsupportedModelError
+from probe import selection
+from probe.cache import Cache
+from probe.errors import InputError
 from probe.fingerprint import fingerprint
 from probe.hooks import HookFunction, Name, resolve
 from probe.hooks import hooks as make_hooks
 from probe.interventions import Intervention, Site, require
 from probe.layout import Layout
-from probe.loss import logits_of, next_token_nll
-from probe.schema import Labels
+from probe.loss import ReturnType, returned
+from probe.recording import cached, record
 from probe.selection import Selector
 from probe.tap import Tap
-
-ReturnType = Literal["logits", "loss", "both"] | None
-Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
-
-
-def load(
-    source: str | Path | nn.Module,
-    tokenizer: Any = None,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
-    attn_implementation: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    layout: Layout | None = None,
-) -> "Model":
-    """Load a causal language model and tap its attention.
-
-    The model stays on its own kernel. On loading, a forward of a few tokens finds the attention,
-    and proves that what is read of every layer is what the model computes.
-
-    Args:
-        source: A name on the Hugging Face hub, a local folder, a shipped demonstration model
-            (`demo-llama`, ...), a transformers model (perhaps wrapped by peft) or any module that
-            reads token ids, used in place.
-        tokenizer: Its tokenizer; by default the one stored beside the model. A model given as a
-            module needs none when it is fed token ids.
-        device: Where to put a model that is loaded by name; default a GPU if there is one.
-        dtype: dtype of a model that is loaded by name; default the checkpoint's.
-        attn_implementation: "sdpa", "eager", ...; default the fastest that transformers chooses.
-        revision: Commit, tag or branch on the hub.
-        trust_remote_code: Run code that a checkpoint brings along.
-        layout: Where a module of your own has its attention, if it is not found by itself.
-
-    Raises:
-        InputError: The source cannot be found.
-        UnsupportedModelError: The model type is unknown, or its attention cannot be reached.
-        WiringError: What is read is not what the model computes.
-
-    Example:
-        >>> model = probe.load("demo-llama")
-        >>> model.n_layers, model.n_heads, model.n_kv_heads
-        (2, 4, 4)
-    """
-    if isinstance(source, nn.Module):
-        return Model(source, tokenizer, layout=layout)
-    name = str(source)
-    shipped = name.startswith("demo-") and not Path(name).exists()
-    place = demos.path(name) if shipped else source
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        module = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype or "auto", attn_implementation=attn_implementation, **options
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise _unloadable(name, error) from error
-    if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        except (OSError, ValueError, ImportError) as error:
-            raise InputError(
-                f"{name!r} has no tokenizer that can be loaded ({_first_line(error)}). "
-                "Give one with tokenizer=, or load the model yourself and give probe.load that."
-            ) from error
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(nn.Module.to(module, target), tokenizer, name=name, layout=layout)
+from probe.text import Inputs, Text
 
 
 class Model:
@@ -99,9 +30,9 @@ class Model:
 
     Attributes:
         module: The model.
-        tokenizer: Its tokenizer, or None.
         name: What it was loaded as.
         tap: Where its attention is read.
+        text: How texts and token ids become batches.
     """
 
     def __init__(
@@ -113,12 +44,11 @@ class Model:
         layout: Layout | None = None,
     ):
         self.module = module
-        self.tokenizer = tokenizer
         self.tap = Tap(module, layout)
         name = name or getattr(self.config, "_name_or_path", None) or type(self.base).__name__
         # A store's record names a model in a local folder by the folder, not by the machine's path.
         self.name = Path(name).resolve().name if Path(name).is_dir() else name
-        self._text: dict[int, str] = {}  # what each token says, once it was asked
+        self.text = Text(tokenizer, self.name, self.tap.intake)
 
     @property
     def base(self) -> nn.Module:
@@ -129,6 +59,19 @@ class Model:
     def config(self) -> Any:
         """Its config, or None."""
         return getattr(self.base, "config", None)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, or None; set it to use another."""
+        return self.text.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.text = Text(tokenizer, self.name, self.tap.intake)
+
+    def batch(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Inputs as the model takes them: see `probe.text.Text.batch`."""
+        return self.text.batch(inputs)
 
     @property
     def envoy(self) -> Envoy:
@@ -257,7 +200,9 @@ class Model:
         """
         with self.hooks(fwd_hooks, bwd_hooks):
             batch = self.batch(inputs)
-            return self._returned(self.tap.call(batch), batch, return_type)
+            return returned(
+                self.tap.call(batch), batch, return_type, who=type(self.module).__name__
+            )
 
     def run_with_cache(
         self,
@@ -321,59 +266,16 @@ class Model:
             queries=queries,
             keys=keys,
         )
-        output = self._returned(found.output, batch, return_type)
-        return output, self._cache(found, batch, absolute)
-
-    def _cache(self, found: Recorded, batch: Mapping[str, Any], heads: Sequence[int]) -> Cache:
-        real = [[c for c, p in enumerate(each) if p >= 0] for each in found.positions]
-        rows, columns = found.queries or real, found.keys or real
-        labels = []
-        for item, positions in enumerate(found.positions):
-            ids = [int(batch["input_ids"][item, c]) for c in columns[item]]
-            segments = self.segments([int(batch["input_ids"][item, c]) for c in real[item]])
-            labels.append(
-                Labels(
-                    id=str(item),
-                    length=len(real[item]),
-                    query_position=[positions[c] for c in rows[item]],
-                    key_position=[positions[c] for c in columns[item]],
-                    token=self.decode(ids),
-                    token_id=ids,
-                    segment=[segments[positions[c]] for c in columns[item]],
-                )
-            )
-        chosen = found.queries, found.keys
-        rows, columns = (
-            side if some is None else [range(len(own)) for own in some]
-            for side, some in zip((real, real), chosen, strict=True)
+        cache = cached(
+            found,
+            batch["input_ids"],
+            self.text,
+            layers=self.layers,
+            heads=absolute,
+            causal=self.tap.causal,
         )
-        attrs = {"model": self.name, "causal": self.tap.causal}
-        return Cache(found.tensors, self.layers, heads, labels, rows, columns, attrs)
-
-    def _returned(self, output: Any, batch: Mapping[str, Any], return_type: ReturnType) -> Any:
-        """What a forward is asked to return."""
-        if return_type is None:
-            return None
-        if return_type not in ("logits", "loss", "both"):
-            raise InputError(f"return_type={return_type!r}. Choose logits, loss, both or None.")
-        logits = logits_of(output)
-        if logits is None:
-            raise InputError(
-                f"{type(self.module).__name__} returned a {type(output).__name__} without logits "
-                "(batch, position, vocabulary). Use return_type=None, or call the model itself."
-            )
-        if return_type == "logits":
-            return logits
-        ids = batch["input_ids"]
-        real = batch.get("attention_mask", torch.ones_like(ids)).bool()
-        if real.ndim != 2:
-            raise InputError(
-                f"a loss leaves padding out, which a mask of shape {tuple(real.shape)} does not "
-                "tell from text. Give a mask (batch, position), or use return_type='logits'."
-            )
-        each = [next_token_nll(x[r], i[r]) for x, i, r in zip(logits, ids, real, strict=True)]
-        loss = torch.cat(each).mean()
-        return loss if return_type == "loss" else (logits, loss)
+        who = type(self.module).__name__
+        return returned(found.output, batch, return_type, who=who), cache
 
     def generate(self, inputs: Inputs, **kwargs: Any) -> Any:
         """The model's own `generate`, on text, texts, token ids or what a tokenizer returns.
@@ -399,7 +301,7 @@ class Model:
                 f"{type(self.module).__name__} has no method generate, or one of its own. Call the "
                 "model step by step, or model.module.generate, inside model.intervene(...)."
             )
-        batch = self.batch(inputs, side="left")
+        batch = self.text.batch(inputs, side="left")
         mask = batch.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
             raise InputError(
@@ -411,138 +313,7 @@ class Model:
         # Read in pieces or without a cache, what is generated could not be told from the prompt.
         prompt = mask.sum(1) if mask is not None and mask.ndim == 2 else None
         with self.tap.watch.on(prompt=prompt):
-            return generate(**{"pad_token_id": self.padding} | batch | kwargs)
-
-    @property
-    def stop_tokens(self) -> frozenset[int]:
-        """Token ids that end what is generated."""
-        config = getattr(self.base, "generation_config", None) or self.config
-        stop = getattr(config, "eos_token_id", None)
-        return frozenset([stop] if isinstance(stop, int) else stop or ())
-
-    def segments(self, token_ids: Sequence[int]) -> tuple[str, ...]:
-        """What each token of a problem is: "bos" for a first token that is one, else "text"."""
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        first = "bos" if bos is not None and token_ids[0] == bos else "text"
-        return (first, *["text"] * (len(token_ids) - 1))
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer adds."""
-        if self.tokenizer is None:
-            raise InputError(
-                f"{self.name} was loaded without a tokenizer, so it cannot read the text "
-                f"{text[:40]!r}. Give token ids, or load it with tokenizer=."
-            )
-        try:
-            return [int(i) for i in self.tokenizer(text)["input_ids"]]
-        except Exception as error:
-            raise InputError(
-                f"the tokenizer of {self.name} cannot encode {text[:40]!r}: "
-                f"{_first_line(error)}. Change the text, or give token ids."
-            ) from error
-
-    def decode(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token as text, the space before a word included; "" without a tokenizer."""
-        if self.tokenizer is None:
-            return [""] * len(token_ids)
-        self._text |= {i: self._decode_one(i) for i in set(token_ids) - self._text.keys()}
-        return [self._text[i] for i in token_ids]
-
-    def _decode_one(self, token: int) -> str:
-        # Alone, a token may lose its leading space; after itself it keeps it.
-        once = self.tokenizer.decode([token])
-        twice = self.tokenizer.decode([token, token])
-        return str(twice[len(once) :] if twice.startswith(once) else once)
-
-    def batch(self, inputs: Inputs, *, side: str | None = None) -> dict[str, Tensor]:
-        """Inputs as the model takes them: padded, masked, and with positions where padding shifts.
-
-        Args:
-            inputs: A text, texts, token ids (one list or several), a tensor of them, or the dict
-                that a tokenizer returns (used as it is; on the left, padding also needs
-                position_ids, which are added where the model takes them).
-            side: "left" or "right", where to pad; default the tokenizer's.
-
-        Returns:
-            input_ids (batch, position), attention_mask of the same shape, perhaps position_ids.
-        """
-        if isinstance(inputs, Mapping):
-            return self._positioned(self._tensors(inputs))
-        if isinstance(inputs, Tensor):
-            inputs = inputs.tolist()
-        if isinstance(inputs, str):
-            inputs = [inputs]
-        try:
-            rows: list[Any] = list(inputs)
-            if rows and isinstance(rows[0], int | np.integer):
-                rows = [rows]
-            ids = [
-                self.encode(row) if isinstance(row, str) else [operator.index(i) for i in row]
-                for row in rows
-            ]
-        except TypeError as error:
-            raise InputError(
-                f"input {inputs!r:.60} is neither text nor token ids ({error}). Give a text, "
-                "texts, a list of token ids, lists of them, or what a tokenizer returns."
-            ) from error
-        if not ids or not all(ids):
-            raise InputError(f"input {inputs!r:.60} holds no tokens. Give at least one.")
-        for row in ids:
-            self.check(row)
-        side = side or self.padding_side
-        return self._positioned(pad(ids, self.padding, side=side, device=self.device))
-
-    def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What a tokenizer returns, with or without return_tensors, on the model's device."""
-        batch = dict(inputs)
-        ids = batch.get("input_ids")
-        if ids is not None and not isinstance(ids, Tensor):
-            rows = [ids] if isinstance(ids[0], int) else ids
-            if len({len(row) for row in rows}) > 1:  # not padded: its masks are all ones
-                batch |= pad(rows, self.padding, side=self.padding_side)
-            else:
-                batch = {k: torch.as_tensor(v).view(len(rows), -1) for k, v in batch.items()}
-        for row in batch["input_ids"].tolist() if "input_ids" in batch else []:
-            self.check(row)
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-    @property
-    def padding(self) -> int:
-        """A token id to pad with; what it is never matters, padding is masked."""
-        token = getattr(self.tokenizer, "pad_token_id", None)
-        return int(token) if token is not None else 0
-
-    @property
-    def padding_side(self) -> str:
-        """The tokenizer's side, "right" without one."""
-        return str(getattr(self.tokenizer, "padding_side", "right"))
-
-    def check(self, token_ids: Sequence[int], *, what: str = "the input") -> None:
-        """Refuse token ids that the model cannot run on.
-
-        Raises:
-            InputError: Too long for the context, or outside the vocabulary.
-        """
-        if self.context is not None and len(token_ids) > self.context:
-            raise InputError(
-                f"{what} has {len(token_ids)} tokens, and the context of {self.name} is "
-                f"{self.context}. Shorten it, or cut it with max_length={self.context}."
-            )
-        size = self.vocabulary
-        wrong = next((i for i in token_ids if not 0 <= i < size), None)
-        if wrong is not None:
-            raise InputError(
-                f"{what} holds token id {wrong}, and the vocabulary of {self.name} has "
-                f"{size} (0 to {size - 1}). Encode it with its own tokenizer."
-            )
-
-    def _positioned(self, batch: dict[str, Any]) -> dict[str, Any]:
-        mask = batch.get("attention_mask")
-        if mask is None or "position_ids" in batch or mask.ndim != 2 or bool(mask[:, 0].all()):
-            return batch
-        if "position_ids" in inspect.signature(type(self.base).forward).parameters:
-            batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
-        return batch
+            return generate(**{"pad_token_id": self.text.padding} | batch | kwargs)
 
     def fingerprint(self) -> str:
         """A hash that tells checkpoints apart: see `probe.fingerprint`."""
@@ -563,42 +334,3 @@ class Model:
             f"Model({self.name!r}, {type(self.base).__name__}, {self.n_layers} layers x "
             f"{self.n_heads} heads, {self.n_kv_heads} key heads, {self.tap.implementation})"
         )
-
-
-def pad(
-    rows: Sequence[Sequence[int]],
-    token: int,
-    *,
-    side: str = "right",
-    device: torch.device | None = None,
-) -> dict[str, Tensor]:
-    """Token ids of different lengths as one batch.
-
-    Returns:
-        input_ids and attention_mask (1 = token), int64, (batch, longest).
-    """
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), token)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        where = slice(longest - len(row), None) if side == "left" else slice(len(row))
-        ids[i, where] = torch.as_tensor(row)
-        mask[i, where] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _unloadable(name: str, error: Exception) -> InputError | UnsupportedModelError:
-    reason = _first_line(error)
-    if isinstance(error, ValueError) and ("model type" in str(error) or "Unrecognized" in reason):
-        return UnsupportedModelError(
-            f"{name!r} is not a causal language model that this transformers knows: {reason} "
-            "Upgrade transformers, or load it yourself and give probe.load the module."
-        )
-    return InputError(
-        f"{name!r} cannot be loaded: {reason} Give a name on the hub, a local folder, or one of "
-        f"{', '.join(demos.NAMES)}."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -57,7 +57,7 @@ class Item:
             length=self.length,
             query_position=[q for q in self.queries if q < self.length],
             key_position=keys,
-            token=model.decode(ids),
+            token=model.text.decode(ids),
             token_id=ids,
             segment=[self.segments[k] for k in keys],
         )
@@ -281,19 +281,19 @@ def _item(
     max_length: int | None,
     new: int,
 ) -> Item:
-    ids = problem.token_ids or tuple(model.encode(problem.text or ""))
+    ids = problem.token_ids or tuple(model.text.encode(problem.text or ""))
     ids = tuple(ids[:max_length])
     if not ids:
         raise InputError(
             f"problem {problem.id!r} has no tokens: its text is {problem.text!r}. Remove it."
         )
-    model.check(ids, what=f"problem {problem.id!r}")
+    model.text.check(ids, what=f"problem {problem.id!r}")
     if model.context is not None and len(ids) + new > model.context:
         raise InputError(
             f"problem {problem.id!r} has {len(ids)} tokens, and with max_new_tokens={new} it would "
             f"pass the context of {model.name}, {model.context}. Take fewer."
         )
-    segments = model.segments(ids)
+    segments = model.text.segments(ids)
     chosen = _selected(problem, (*segments, *["generated"] * new), queries, keys)
     return Item(problem, ids, segments, *chosen)
 

@@ -100,12 +100,19 @@ def _continue(model: Model, todo: Plan, items: Sequence[Item]) -> list[Item]:
             return_dict_in_generate=False,
         )
     longest = max(item.length for item in items)  # padded on the left
-    stop = model.stop_tokens
+    stop = _stop_tokens(model)
     out = []
     for item, row in zip(items, ids[:, longest:].tolist(), strict=True):
         end = next((n + 1 for n, token in enumerate(row) if token in stop), len(row))
         out.append(continued(todo, item, row[:end]))
     return out
+
+
+def _stop_tokens(model: Model) -> frozenset[int]:
+    """Token ids that end what is generated."""
+    config = getattr(model.base, "generation_config", None) or model.config
+    stop = getattr(config, "eos_token_id", None)
+    return frozenset([stop] if isinstance(stop, int) else stop or ())
 
 
 def _space(todo: Plan, alike: Sequence[Item]) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from probe.model import Model, load
+from probe.loading import load
+from probe.model import Model
 from tests.conftest import Tiny
 
 Bare = Callable[..., Model]

@@ -15,7 +15,7 @@ import probe
 from probe.errors import InputError
 from probe.interventions import Bias, Edit
 from probe.layout import Layout
-from probe.model import load
+from probe.loading import load
 from probe.owncode import of_sdpa
 from tests.own_models import (
     CONTEXT,

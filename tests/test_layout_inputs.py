@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from probe.errors import InputError, UnsupportedModelError
 from probe.interventions import Edit
 from probe.layout import Layout
-from probe.model import load
+from probe.loading import load
 from tests.own_models import (
     CONTEXT,
     GPT,

@@ -12,7 +12,8 @@ import probe
 from probe import owncode
 from probe.errors import InputError, UnsupportedModelError, WiringError
 from probe.layout import Layout
-from probe.model import Model, load
+from probe.loading import load
+from probe.model import Model
 from tests.own_models import (
     GPT,
     N_HEADS,

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 import probe
 from probe import demos
 from probe.errors import InputError, UnsupportedModelError
-from probe.model import Model, load
+from probe.loading import load
+from probe.model import Model
 from tests.conftest import Tiny
 from tests.models import Bare
 from tests.models import bare as bare
@@ -62,7 +63,7 @@ def test_a_module_is_used_in_place_and_needs_no_tokenizer(tiny: Tiny) -> None:
         assert model.module is module
         assert model.tokenizer is None
         assert torch.equal(model([1, 2, 3]).logits, wanted)
-        assert model.decode([1, 2]) == ["", ""]
+        assert model.text.decode([1, 2]) == ["", ""]
         assert "LlamaForCausalLM" in repr(model)
         assert "3 layers x 4 heads, 2 key heads, sdpa" in repr(model)
         assert model.tap.layers[0].path.endswith("layers.0.self_attn")
@@ -172,16 +173,16 @@ def test_a_module_is_not_loaded_twice_at_once(bare: Bare) -> None:
 
 
 def test_decode_gives_the_text_of_each_token(demo: Model) -> None:
-    assert "".join(demo.decode(demo.encode(TEXT))).endswith(TEXT)
-    assert demo.decode([]) == []
+    assert "".join(demo.text.decode(demo.text.encode(TEXT))).endswith(TEXT)
+    assert demo.text.decode([]) == []
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the optional data is not there")
 def test_decode_keeps_the_space_before_a_word() -> None:
     with load(STORIES, device="cpu") as model:
         text = "Once upon a time, there was a little girl."
-        ids = model.encode(text)
-        tokens = model.decode(ids)
+        ids = model.text.encode(text)
+        tokens = model.text.decode(ids)
         assert len(tokens) == len(ids)
         assert " upon" in "".join(tokens)
         special = set(model.tokenizer.all_special_ids)
@@ -194,7 +195,7 @@ def test_decode_keeps_the_space_before_a_word() -> None:
 def test_a_real_model_reads_like_its_eager_copy() -> None:
     eager = AutoModelForCausalLM.from_pretrained(STORIES, attn_implementation="eager")
     with load(STORIES, device="cpu") as model:
-        ids = torch.tensor([model.encode("Once upon a time, there was a little girl.")])
+        ids = torch.tensor([model.text.encode("Once upon a time, there was a little girl.")])
         wanted = eager(ids, output_attentions=True).attentions
         seen: list[Tensor] = []
         with model.envoy.trace(input_ids=ids):

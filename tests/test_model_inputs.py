@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from probe.errors import InputError
-from probe.model import Model, pad
+from probe.model import Model
+from probe.text import pad
 from tests.models import Bare
 from tests.models import bare as bare
 from tests.models import demo as demo
@@ -18,7 +19,7 @@ TEXT = "abcabc"
 
 
 def test_every_form_of_one_input_gives_the_same_logits(demo: Model) -> None:
-    ids = demo.encode(TEXT)
+    ids = demo.text.encode(TEXT)
     wanted = demo.module(torch.tensor([ids])).logits
     forms: list[Any] = [
         TEXT,

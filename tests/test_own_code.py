@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from probe.envoys import AttentionEnvoy
 from probe.errors import InputError, UnsupportedModelError, WiringError
 from probe.interventions import Bias, Edit
-from probe.model import load
+from probe.loading import load
 from probe.tap import Tap, run
 from tests.own_models import CASES, N_HEADS, WINDOW, own
 from tests.references import (
