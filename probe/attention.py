@@ -8,24 +8,17 @@ Shapes: query (batch, head, query, head_dim); key and value (batch, kv_head, key
 repeated for grouped-query heads: query head h reads key head h // (n_heads / n_kv_heads).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from probe.errors import InputError
-from probe.indexing import Index, bounds, positions, slices, take, wide
+from probe.indexing import Index, bounds, positions, take, wide
 from probe.positions import Positions
 
 Site = Literal["pattern", "scores"]
-
-# (rows, bytes of float32 scores) of a tile: on a CPU it stays in a core's cache, on a GPU it keeps
-# the launches few.
-_TILES = {"cpu": (64, 1 << 20)}
-_GPU_TILE = (1024, 1 << 26)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,9 +154,9 @@ class AttentionCall:
             (batch, head, query, key) float32, or float64 where the query is.
         """
         if heads is not None:
-            if not self._heads(heads):
+            if not self.head_list(heads):
                 return self._nothing(queries, keys)
-            each = (self.head(h).scores(queries=queries, keys=keys) for h in self._heads(heads))
+            each = (self.head(h).scores(queries=queries, keys=keys) for h in self.head_list(heads))
             return torch.cat(list(each), dim=1)
         if torch.is_autocast_enabled(self.query.device.type):
             with torch.autocast(self.query.device.type, enabled=False):
@@ -189,11 +182,11 @@ class AttentionCall:
             (batch, head, query, key) float32 (float64 where the query is), before dropout.
         """
         if heads is not None:
-            if not self._heads(heads):
+            if not self.head_list(heads):
                 return self._nothing(queries, keys)
-            each = (self.head(h).pattern(queries=queries, keys=keys) for h in self._heads(heads))
+            each = (self.head(h).pattern(queries=queries, keys=keys) for h in self.head_list(heads))
             return torch.cat(list(each), dim=1)
-        return take(self._normalise(self.scores(queries=queries)), keys, 3)
+        return take(self.normalise(self.scores(queries=queries)), keys, 3)
 
     def softmax(self, scores: Tensor) -> Tensor:
         """Whole rows of (possibly edited) scores of every head, sinks included, as a pattern."""
@@ -212,68 +205,17 @@ class AttentionCall:
         z = p.reshape(batch, self.n_kv_heads, self.share * n, n_keys) @ self.value
         return z.reshape(batch, self.n_heads, n, -1).transpose(1, 2).contiguous()
 
-    def fill(
-        self,
-        out: Tensor,
-        site: Site = "pattern",
-        *,
-        queries: Index = None,
-        keys: Index = None,
-        heads: Index = None,
-    ) -> Tensor:
-        """Write the pattern or the scores into `out` tile by tile, without gradients.
-
-        Keys that no row of a tile can see are never computed, and every element of `out` is
-        written once, in its own dtype. Peak memory beyond `out` is a few tiles of a megabyte.
-
-        Args:
-            out: (batch, head, query, key), any float dtype, uninitialised or not.
-            site: "pattern" or "scores".
-            queries: Rows, default all.
-            keys: Columns, default all.
-            heads: Query heads, default all.
-
-        Returns:
-            `out`.
-        """
-        if heads is not None:
-            for i, h in enumerate(self._heads(heads)):
-                self.head(h).fill(out[:, i : i + 1], site, queries=queries, keys=keys)
-            return out
-        empty = 0.0 if site == "pattern" else -torch.inf
-        chosen = None if queries is None else positions(queries, self.n_queries, out.device)
-        columns = None if keys is None else positions(keys, self.n_keys, out.device)
-        with torch.no_grad():
-            exact = replace(self, query=wide(self.query), key=wide(self.key))
-            for batch, groups, rows in self._tiles(out.shape[2]):
-                part = exact._part(batch, groups)
-                index = rows if chosen is None else chosen[rows].tolist()
-                low, high = part._reach(index)
-                s = part.scores(queries=index, keys=slice(low, high))
-                if site == "pattern":
-                    s = part._normalise(s)
-                tile = out[batch, self._head_slice(groups), rows]
-                if columns is None:
-                    tile[..., :low] = empty
-                    tile[..., low:high] = s
-                    tile[..., high:] = empty
-                else:
-                    seen = ((columns >= low) & (columns < high)).nonzero()[:, 0]
-                    tile.fill_(empty)
-                    tile[..., seen] = s[..., columns[seen] - low].to(out.dtype)
-        return out
-
     def head(self, head: int) -> "AttentionCall":
         """The call of one query head and the key head that it reads."""
         group = head // self.share
-        return self._part(slice(None), slice(group, group + 1), slice(head, head + 1))
+        return self.part(slice(None), slice(group, group + 1), slice(head, head + 1))
 
     def cut(self, batch: slice, length: int) -> "AttentionCall":
         """The call of some batch items without the right padding after `length` tokens.
 
         For a forward without a cache, where rows and columns are the same tokens.
         """
-        part = self._part(batch, slice(None))
+        part = self.part(batch, slice(None))
         mask = part.mask
         if mask is not None:
             mask = mask[:, :length] if mask.ndim == 2 else mask[:, :, :length, :length]
@@ -312,7 +254,7 @@ class AttentionCall:
         bias = bias.to(self.query.dtype).clamp_min(low).expand(hidden.shape)
         return replace(self, mask=bias.masked_fill(hidden, low))
 
-    def _normalise(self, scores: Tensor) -> Tensor:
+    def normalise(self, scores: Tensor) -> Tensor:
         """Softmax of scores as computed: only a mask or a window can leave a row empty."""
         open_rows = self.mask is None and self.window is None and scores.shape[-1] > 0
         return self._softmax(scores) if open_rows else self.softmax(scores)
@@ -331,18 +273,20 @@ class AttentionCall:
             self.query.shape[0], 0, len(rows), len(columns)
         )
 
-    def _heads(self, heads: Index) -> list[int]:
+    def head_list(self, heads: Index) -> list[int]:
+        """Absolute query heads."""
         return positions(heads, self.n_heads, torch.device("cpu")).tolist()
 
-    def _head_slice(self, groups: slice) -> slice:
+    def head_slice(self, groups: slice) -> slice:
+        """The query heads that read some key heads."""
         return slice(
             None if groups.start is None else groups.start * self.share,
             None if groups.stop is None else groups.stop * self.share,
         )
 
-    def _part(self, batch: slice, groups: slice, heads: slice | None = None) -> "AttentionCall":
+    def part(self, batch: slice, groups: slice, heads: slice | None = None) -> "AttentionCall":
         """Views of some batch items and key heads, with the query heads that read them."""
-        heads = heads or self._head_slice(groups)
+        heads = heads or self.head_slice(groups)
         mask = self.mask
         if mask is not None:
             mask = mask[batch] if mask.shape[0] > 1 else mask
@@ -379,26 +323,3 @@ class AttentionCall:
         elif self.mask is not None and self.mask.ndim == 4 and self.mask.dtype != torch.bool:
             s = s + self._mask4(self.mask, queries, keys).to(s.dtype)
         return s.masked_fill_(~self.keep(queries, keys), -torch.inf)
-
-    def _reach(self, queries: Index) -> tuple[int, int]:
-        """The columns [low, high) that hold every key that some of these rows attend to."""
-        if self.mask is not None and self.mask.ndim == 4:
-            seen = self.keep(queries).flatten(0, 2).any(0).expand(self.n_keys).nonzero()
-            return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
-        first, stop = bounds(queries, self.n_queries)
-        first, stop = first + self.diagonal, stop + self.diagonal
-        low = 0 if self.window is None else max(0, first - self.window + 1)
-        ahead = 0 if self.causal else self.n_keys if self.window is None else self.window - 1
-        return min(low, self.n_keys), max(0, min(stop + ahead, self.n_keys))
-
-    def _tiles(self, n_rows: int) -> Iterator[tuple[slice, slice, slice]]:
-        """Cache-sized tiles: (batch items, key heads, rows)."""
-        n_batch = self.query.shape[0]
-        rows, budget = _TILES.get(self.query.device.type, _GPU_TILE)
-        rows = max(1, min(rows, n_rows))
-        group_bytes = 4 * max(1, self.n_keys) * self.share * rows
-        groups = max(1, min(self.n_kv_heads, budget // group_bytes))
-        batch = max(1, min(n_batch, budget // (group_bytes * self.n_kv_heads)))
-        return product(
-            slices(n_batch, batch), slices(self.n_kv_heads, groups), slices(n_rows, rows)
-        )

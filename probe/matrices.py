@@ -30,16 +30,6 @@ class Readable(Protocol):
         self, *, queries: Index = None, keys: Index = None, heads: Index = None
     ) -> Tensor: ...
 
-    def fill(
-        self,
-        out: Tensor,
-        site: Site = "pattern",
-        *,
-        queries: Index = None,
-        keys: Index = None,
-        heads: Index = None,
-    ) -> Tensor: ...
-
     def cut(self, batch: slice, length: int) -> "Readable": ...
 
 
@@ -81,22 +71,6 @@ class Matrices:
     def pattern(self, *, queries: Index = None, keys: Index = None, heads: Index = None) -> Tensor:
         """As `AttentionCall.pattern`."""
         return self._select("pattern", queries, keys, heads)
-
-    def fill(
-        self,
-        out: Tensor,
-        site: Site = "pattern",
-        *,
-        queries: Index = None,
-        keys: Index = None,
-        heads: Index = None,
-    ) -> Tensor:
-        """As `AttentionCall.fill`."""
-        if site not in self.full:
-            assert self.call is not None
-            return self.call.fill(out, site, queries=queries, keys=keys, heads=heads)
-        with torch.no_grad():
-            return out.copy_(self._select(site, queries, keys, heads))
 
     def cut(self, batch: slice, length: int) -> "Matrices":
         """As `AttentionCall.cut`."""

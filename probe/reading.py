@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probe.attention import Site
 from probe.envoys import AttentionEnvoy
+from probe.filling import fill
 from probe.indexing import take
 from probe.loss import logits_of, next_token_nll
 from probe.matrices import Readable
@@ -143,7 +144,7 @@ def _fill(
     queries = None if item.queries == everything else item.queries
     keys = None if item.keys == everything else item.keys
     here = out if seen.device == out.device else torch.empty_like(out, device=seen.device)
-    seen.fill(here, site, queries=queries, keys=keys, heads=heads)
+    fill(seen, here, site, queries=queries, keys=keys, heads=heads)
     if here is not out:
         out.copy_(here)
 

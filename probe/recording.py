@@ -13,6 +13,7 @@ from probe.cache import Cache, Columns
 from probe.editing import INPUTS
 from probe.envoys import AttentionEnvoy
 from probe.errors import InputError
+from probe.filling import fill
 from probe.indexing import take
 from probe.interventions import Site
 from probe.matrices import Readable
@@ -149,7 +150,7 @@ def _matrix(
         return read(queries=queries, keys=keys, heads=heads)
     shape = (batch, len(heads or range(n_heads)), len(queries or range(n_rows)))
     out = torch.empty(*shape, len(keys or range(n_keys)), dtype=seen.dtype, device=seen.device)
-    return seen.fill(out, site, queries=queries, keys=keys, heads=heads)
+    return fill(seen, out, site, queries=queries, keys=keys, heads=heads)
 
 
 def cached(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from probe.attention import AttentionCall
 from probe.errors import InputError
+from probe.filling import fill
 from tests.naive import INF, SITES, Case, attends, call_of, cases, close, naive, pick, read
 
 
@@ -120,14 +121,14 @@ def test_float64_stays_float64() -> None:
         assert read(wide, site).dtype == torch.float64
         close(read(wide, site), wanted, 1e-13)
         out = torch.empty(2, 4, 5, 5, dtype=torch.float64)
-        close(wide.fill(out, site), wanted, 1e-13)
+        close(fill(wide, out, site), wanted, 1e-13)
 
 
 def test_reading_leaves_query_key_and_mask_as_they_were() -> None:
     mask = torch.zeros(1, 1, 5, 5).masked_fill(~torch.ones(5, 5).tril().bool(), -INF)
     call = call_of(5, 5, mask, softcap=2.0)
     before = [x.clone() for x in (call.query, call.key, call.value, mask)]
-    call.fill(torch.empty(2, 4, 5, 5))
+    fill(call, torch.empty(2, 4, 5, 5))
     call.mix(call.softmax(call.scores()))
     after = (call.query, call.key, call.value, mask)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from probe import attention
+from probe import filling
 from probe.attention import AttentionCall
+from probe.filling import fill
 from probe.indexing import Index
 from tests.naive import SITES, Case, Site, call_of, cases, close, naive, pick, read
 
@@ -25,11 +26,11 @@ def test_fill_writes_what_scores_and_pattern_return_whatever_the_tiles(
     dtype = torch.float16 if half else torch.float32
     where = {"heads": case.heads, "queries": case.queries, "keys": case.keys}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_TILES", {"cpu": tiles})
+        patch.setattr(filling, "_TILES", {"cpu": tiles})
         for site, whole in zip(SITES, reversed(naive(case.call)), strict=True):
             wanted = pick(whole, **where)
             out = torch.full(wanted.shape, math.nan, dtype=dtype)
-            assert case.call.fill(out, site, **where) is out
+            assert fill(case.call, out, site, **where) is out
             close(out, wanted.to(dtype), 2e-3 if half else 1e-5)
 
 
@@ -58,15 +59,15 @@ def test_nothing_selected_gives_an_empty_tensor(nothing: Index, site: Site) -> N
         assert read(call, site, queries=nothing).shape == (2, 4, 0, 6)
         assert read(call, site, keys=nothing).shape == (2, 4, 6, 0)
         assert read(call, site, heads=nothing).shape == (2, 0, 6, 6)
-        assert call.fill(torch.empty(2, 4, 0, 6), site, queries=nothing).shape == (2, 4, 0, 6)
-        assert call.fill(torch.empty(2, 4, 6, 0), site, keys=nothing).shape == (2, 4, 6, 0)
-        assert call.fill(torch.empty(2, 0, 6, 6), site, heads=nothing).shape == (2, 0, 6, 6)
+        assert fill(call, torch.empty(2, 4, 0, 6), site, queries=nothing).shape == (2, 4, 0, 6)
+        assert fill(call, torch.empty(2, 4, 6, 0), site, keys=nothing).shape == (2, 4, 6, 0)
+        assert fill(call, torch.empty(2, 0, 6, 6), site, heads=nothing).shape == (2, 0, 6, 6)
 
 
 def test_one_token_attends_to_itself() -> None:
     call = call_of(1, 1)
     assert torch.equal(call.pattern(), torch.ones(2, 4, 1, 1))
-    assert torch.equal(call.fill(torch.empty(2, 4, 1, 1)), torch.ones(2, 4, 1, 1))
+    assert torch.equal(fill(call, torch.empty(2, 4, 1, 1)), torch.ones(2, 4, 1, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -74,26 +75,26 @@ def test_one_token_attends_to_itself() -> None:
 def test_fill_spans_many_tiles_in_every_dtype(
     dtype: torch.dtype, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_TILES", {"cpu": (16, 4096)})
+    monkeypatch.setattr(filling, "_TILES", {"cpu": (16, 4096)})
     ragged = torch.ones(2, 70, dtype=torch.bool)
     ragged[0, :9] = False
     ragged[1, 50:] = False
     for options in ({}, {"window": 12}, {"mask": ragged}, {"mask": ragged, "window": 12}):
         call = call_of(70, 70, **cast(dict[str, Any], options))
         out = torch.full((2, 4, 70, 70), math.nan, dtype=dtype)
-        call.fill(out, site)
+        fill(call, out, site)
         tolerance = max(1e-6, torch.finfo(dtype).eps)
         close(out, read(call, site).to(dtype), tolerance)
         some = torch.full((2, 2, 3, 9), math.nan, dtype=dtype)
         where = {"heads": [3, 1], "queries": [69, 0, 33], "keys": list(range(60, 69))}
-        call.fill(some, site, **where)
+        fill(call, some, site, **where)
         close(some, read(call, site, **where).to(dtype), tolerance)
 
 
 def test_fill_writes_into_a_view_and_touches_nothing_else() -> None:
     call = call_of(6, 6)
     store = torch.full((2, 8, 9, 9), 7.0)
-    call.fill(store[:, 2:6, 1:7, 2:8])
+    fill(call, store[:, 2:6, 1:7, 2:8])
     close(store[:, 2:6, 1:7, 2:8].clone(), call.pattern())
     store[:, 2:6, 1:7, 2:8] = 7
     assert bool((store == 7).all())
@@ -141,23 +142,23 @@ def test_no_key_is_ever_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     with Largest() as made:
         call.mix(call.pattern())
-        call.fill(torch.empty(1, 8, 2, 300))
-        call.fill(torch.empty(1, 1, 2, 300), heads=[5])
+        fill(call, torch.empty(1, 8, 2, 300))
+        fill(call, torch.empty(1, 1, 2, 300), heads=[5])
     assert made.largest < call.key.numel()
 
 
 def test_fill_skips_the_upper_triangle_and_works_in_small_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention, "_TILES", {"cpu": (16, 16 * 256 * 4 * 2)})
+    monkeypatch.setattr(filling, "_TILES", {"cpu": (16, 16 * 256 * 4 * 2)})
     call = call_of(256, 256)
     out = torch.empty(2, 4, 256, 256, dtype=torch.float16)
     with Largest() as made:
-        call.fill(out)
+        fill(call, out)
     assert made.multiplied < 0.56 * out.numel()
     assert made.largest <= 16 * 256 * 2
     with Largest() as windowed:
-        call_of(256, 256, window=16).fill(out)
+        fill(call_of(256, 256, window=16), out)
     assert windowed.multiplied < 0.13 * out.numel()
 
 

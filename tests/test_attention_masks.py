@@ -8,6 +8,7 @@ from torch import Tensor
 
 from probe.attention import AttentionCall
 from probe.errors import InputError
+from probe.filling import fill
 from tests.naive import INF, call_of, close, naive
 
 
@@ -92,7 +93,7 @@ def test_a_fully_padded_row_is_zero_and_never_nan(dtype: torch.dtype, sinks: Ten
         call = call_of(3, 3, mask, sinks=sinks)
         assert bool((call.pattern() == 0).all())
         assert bool((call.scores() == -INF).all())
-        out = call.fill(torch.full((2, 4, 3, 3), math.nan))
+        out = fill(call, torch.full((2, 4, 3, 3), math.nan))
         assert bool((out == 0).all())
 
 
@@ -104,7 +105,7 @@ def test_a_single_query_of_a_window_without_a_mask_is_the_last_token(share: int)
         window=4,
     )  # fmt: skip
     close(call.pattern(), naive(call)[1])
-    close(call.fill(torch.full((1, 2, 1, 6), math.nan)), naive(call)[1])
+    close(fill(call, torch.full((1, 2, 1, 6), math.nan)), naive(call)[1])
 
 
 def test_a_mask_of_three_dimensions_is_refused() -> None:

@@ -1,0 +1,111 @@
+"""Scores and patterns written into memory that is there, tile by tile, without temporaries."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from probe.attention import AttentionCall, Site
+from probe.indexing import Index, bounds, positions, slices, wide
+from probe.matrices import Matrices, Readable
+
+# (rows, bytes of float32 scores) of a tile: on a CPU it stays in a core's cache, on a GPU it keeps
+# the launches few.
+_TILES = {"cpu": (64, 1 << 20)}
+_GPU_TILE = (1024, 1 << 26)
+
+
+def fill(
+    seen: Readable,
+    out: Tensor,
+    site: Site = "pattern",
+    *,
+    queries: Index = None,
+    keys: Index = None,
+    heads: Index = None,
+) -> Tensor:
+    """Write a pattern or scores into `out`, without gradients.
+
+    Keys that no row of a tile can see are never computed, and every element of `out` is written
+    once, in its own dtype. Peak memory beyond `out` is a few tiles of a megabyte.
+
+    Args:
+        seen: What is read: an `AttentionCall`, or `Matrices`.
+        out: (batch, head, query, key), any float dtype, uninitialised or not.
+        site: "pattern" or "scores".
+        queries: Rows, default all.
+        keys: Columns, default all.
+        heads: Query heads, default all.
+
+    Returns:
+        `out`.
+
+    Example:
+        >>> q = torch.zeros(1, 2, 3, 4)
+        >>> fill(AttentionCall(q, q, q), torch.empty(1, 2, 3, 3, dtype=torch.float16))[0, 0, 1]
+        tensor([0.5000, 0.5000, 0.0000], dtype=torch.float16)
+    """
+    with torch.no_grad():
+        if isinstance(seen, AttentionCall):
+            return _fill(seen, out, site, queries, keys, heads)
+        if isinstance(seen, Matrices) and site not in seen.full:
+            assert seen.call is not None
+            return _fill(seen.call, out, site, queries, keys, heads)
+        read = seen.scores if site == "scores" else seen.pattern
+        return out.copy_(read(queries=queries, keys=keys, heads=heads))
+
+
+def _fill(
+    call: AttentionCall, out: Tensor, site: Site, queries: Index, keys: Index, heads: Index
+) -> Tensor:
+    if heads is not None:
+        for i, h in enumerate(call.head_list(heads)):
+            _fill(call.head(h), out[:, i : i + 1], site, queries, keys, None)
+        return out
+    empty = 0.0 if site == "pattern" else -torch.inf
+    chosen = None if queries is None else positions(queries, call.n_queries, out.device)
+    columns = None if keys is None else positions(keys, call.n_keys, out.device)
+    exact = replace(call, query=wide(call.query), key=wide(call.key))
+    for batch, groups, rows in _tiles(call, out.shape[2]):
+        part = exact.part(batch, groups)
+        index = rows if chosen is None else chosen[rows].tolist()
+        low, high = _reach(part, index)
+        s = part.scores(queries=index, keys=slice(low, high))
+        if site == "pattern":
+            s = part.normalise(s)
+        tile = out[batch, call.head_slice(groups), rows]
+        if columns is None:
+            tile[..., :low] = empty
+            tile[..., low:high] = s
+            tile[..., high:] = empty
+        else:
+            inside = ((columns >= low) & (columns < high)).nonzero()[:, 0]
+            tile.fill_(empty)
+            tile[..., inside] = s[..., columns[inside] - low].to(out.dtype)
+    return out
+
+
+def _reach(call: AttentionCall, queries: Index) -> tuple[int, int]:
+    """The columns [low, high) that hold every key that some of these rows attend to."""
+    n_keys = call.n_keys
+    if call.mask is not None and call.mask.ndim == 4:
+        seen = call.keep(queries).flatten(0, 2).any(0).expand(n_keys).nonzero()
+        return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+    first, stop = bounds(queries, call.n_queries)
+    first, stop = first + call.diagonal, stop + call.diagonal
+    low = 0 if call.window is None else max(0, first - call.window + 1)
+    ahead = 0 if call.causal else n_keys if call.window is None else call.window - 1
+    return min(low, n_keys), max(0, min(stop + ahead, n_keys))
+
+
+def _tiles(call: AttentionCall, n_rows: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cache-sized tiles: (batch items, key heads, rows)."""
+    n_batch = call.query.shape[0]
+    rows, budget = _TILES.get(call.device.type, _GPU_TILE)
+    rows = max(1, min(rows, n_rows))
+    group_bytes = 4 * max(1, call.n_keys) * call.share * rows
+    groups = max(1, min(call.n_kv_heads, budget // group_bytes))
+    batch = max(1, min(n_batch, budget // (group_bytes * call.n_kv_heads)))
+    return product(slices(n_batch, batch), slices(call.n_kv_heads, groups), slices(n_rows, rows))
