@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from probe.layout import Layout
     from probe.loading import load
     from probe.model import Model
-    from probe.planning import Plan, plan
+    from probe.planning import plan
+    from probe.plans import Plan
     from probe.schema import valid
     from probe.store import open
 
@@ -31,7 +32,7 @@ _HOME = {
     "Intervention": "interventions",
     "Layout": "layout",
     "Model": "model",
-    "Plan": "planning",
+    "Plan": "plans",
     "capture": "capturing",
     "load": "loading",
     "open": "store",

@@ -18,12 +18,15 @@ from probe.errors import InputError, StoreError, UnsupportedModelError, WiringEr
 from probe.hearing import reading
 from probe.interventions import Intervention
 from probe.model import Model
-from probe.planning import Plan, plan
+from probe.planning import plan
+from probe.plans import Plan
 from probe.reading import Reading, read
 from probe.schema import Site
 from probe.selection import Selector
 
 log = logging.getLogger("probe")
+
+_HOPELESS = 8  # problems of a new store that may fail before any succeeds
 
 
 def capture(
@@ -72,7 +75,7 @@ def capture(
             rows and columns like the others, and the segment "generated"; selections apply to the
             whole sequence, which is read in one forward. `loss` stays that of the problem.
         on_error: What to do with a problem on which the model fails: "record" it with its reason
-            (status 2) and go on, or "raise".
+            (status 2) and go on, or "raise". A new run whose first problems all fail raises.
         overwrite: Replace a store that is there.
         progress: Show a progress bar on stderr.
 
@@ -119,7 +122,7 @@ def capture(
         # Batches stay as planned whatever is done already: in another batch a number may differ in
         # its last bit, and a resumed run must equal an uninterrupted one.
         batches = [batch for batch in todo.batches if pending.intersection(batch)]
-        outcomes = _outcomes(model, todo, batches, on_error)
+        outcomes = _outcomes(model, todo, batches, on_error, new=writer is None)
         # A store is made, or an old one replaced, once the first batch has run and is proven.
         first = list(islice(outcomes, 1))
         if writer is None:
@@ -170,14 +173,15 @@ def _create(model: Model, todo: Plan, path: Path, overwrite: bool) -> stores.Wri
 
 
 def _outcomes(
-    model: Model, todo: Plan, batches: Sequence[Sequence[int]], on_error: str
+    model: Model, todo: Plan, batches: Sequence[Sequence[int]], on_error: str, *, new: bool
 ) -> Iterator[tuple[int, Reading | str]]:
     """Problem by problem, what was read or why it failed.
 
-    A batch that fails is halved until it fits in memory or the problem at fault stands alone.
+    A batch that fails is halved until it fits in memory or the problem at fault stands alone. When
+    the first problems of a new store all fail, so will the others: then the run does too.
     """
     queue = [list(batch) for batch in reversed(batches)]
-    limit, proven = max(map(len, queue), default=0), False
+    limit, proven, failed = max(map(len, queue), default=0), False, 0
     while queue:
         batch = queue.pop()
         if len(batch) > limit:
@@ -194,10 +198,11 @@ def _outcomes(
                     limit = half
                     log.warning("out of memory; going on with batches of %d problems", limit)
                 queue += [batch[half:], batch[:half]]
-            elif on_error == "raise":
+            elif on_error == "raise" or (new and failed >= _HOPELESS and not proven):
                 error.add_note(f"This happened in problem {todo.items[batch[0]].problem.id!r}.")
                 raise
             else:
+                failed += 1
                 yield batch[0], f"{type(error).__name__}: {error}"
         else:
             proven = True

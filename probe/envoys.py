@@ -77,7 +77,12 @@ class AttentionEnvoy(LazyEnvoy):
 
     @eproperty(description="what the kernel is given")  # type: ignore[untyped-decorator]
     def call(self, value: AttentionCall) -> AttentionCall:
-        """The `AttentionCall`; assign one to change query, key, value or mask."""
+        """The `AttentionCall`; assign one to change query, key, value or mask.
+
+        Under flex and flash attention, whose kernels take no dense mask, a layer whose mask is
+        changed is computed from its pattern. A static cache's key and value are views that later
+        steps overwrite: clone what you keep.
+        """
         return value
 
     @eproperty(description="(batch, head, query, key) before softmax")  # type: ignore[untyped-decorator]

@@ -169,6 +169,14 @@ class Model:
             bwd_hooks: Likewise for gradients; a returned tensor replaces the gradient. A site
                 with a backward hook is computed on the model's path.
 
+        Under gradient checkpointing (not reentrant) `backward()` belongs inside the block too: each
+        layer runs a second time there, and its hooks are called a second time.
+
+        Raises:
+            InputError: A name names nothing, or a function returns something else than a tensor of
+                the same shape.
+            WiringError: A layer runs again for its gradients without its hooks.
+
         Example:
             >>> def first_head_off(pattern, hook):
             ...     pattern[:, 0] = 0

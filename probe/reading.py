@@ -16,7 +16,8 @@ from probe.indexing import take
 from probe.loss import logits_of, next_token_nll
 from probe.matrices import Readable
 from probe.model import Model
-from probe.planning import Item, Plan, continued
+from probe.planning import continued
+from probe.plans import Item, Plan
 from probe.schema import Labels
 from probe.tap import run
 

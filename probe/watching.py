@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from greenlet import getcurrent
 from torch import Tensor, nn
 
 from probe.attention import AttentionCall
@@ -50,6 +51,7 @@ class Watch:
         self.inside = ExitStack()
         self._model, self._whole = model, whole
         self._depth, self._thread = 0, 0
+        self._greenlet: object = None
         self._running = self._checkpointing = False
         self._refused: set[int] = set()
         self._marks: weakref.WeakSet[_Token] = weakref.WeakSet()
@@ -76,7 +78,7 @@ class Watch:
                     self._model.register_forward_pre_hook(self._before, with_kwargs=True),
                     self._model.register_forward_hook(self._after, always_call=True),
                 )
-                self._thread = threading.get_ident()
+                self._thread, self._greenlet = threading.get_ident(), getcurrent()
             self._depth += 1
             self.interventions = (*self.interventions, *interventions)
             ruler.prompt = ruler.prompt if prompt is None else prompt
@@ -164,7 +166,7 @@ class Watch:
                 "this model is watched by another thread now. Call it through its probe.Model, "
                 "which waits, or give each thread a model of its own."
             )
-        if self._running:
+        if self._running or getcurrent() is not self._greenlet:  # a trace's body has its own
             self._refused.add(thread)
             raise InputError(
                 "this model was called inside its own forward, by a hook, an intervention or the "

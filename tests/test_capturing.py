@@ -192,6 +192,19 @@ def test_on_error_raise_stops_and_names_the_problem(llama: Any, tmp_path: Path) 
     assert caught.value.__notes__ == ["This happened in problem '3'."]
 
 
+def test_a_run_in_which_everything_fails_stops_early_and_says_why(
+    llama: Any, tmp_path: Path
+) -> None:
+    wrong = probe.Edit(site="z", function=lambda z, _: z[:, :1])
+    many = [[n, n + 1, n + 2] for n in range(1, 30)]
+    options: Any = {"interventions": [wrong], "batch_size": 1, "progress": False}
+    with pytest.raises(InputError, match="Return a tensor of shape") as raised:
+        probe.capture(llama, many, tmp_path / "s", **options)
+    assert raised.value.__notes__ == ["This happened in problem '8'."]
+    ds = probe.capture(llama, many[:3], tmp_path / "few", **options)
+    assert ds.status.values.tolist() == [2, 2, 2]
+
+
 def test_a_batch_that_does_not_fit_in_memory_is_halved(
     llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
