@@ -186,7 +186,8 @@ class Publisher:
         interleaver, envoy = self._interleaver(), self._envoy()
         if interleaver is None or envoy is None:
             return value
-        return interleaver.handle(f"{envoy.path}.{name}", value)
+        result = interleaver.handle(f"{envoy.path}.{name}", value)
+        return result if result is value else _assigned(f"{envoy.path}.{name}", result, value)
 
     def _offer(
         self,
@@ -215,6 +216,19 @@ class Publisher:
         if interleaver is None or envoy is None:
             return False
         return f"{envoy.path}.{name}" in interleaver.parked
+
+
+def _assigned(location: str, result: Any, value: Any) -> Any:
+    """What a trace put in the place of a value, if it can stand there."""
+    if isinstance(value, Tensor):
+        fits, wanted = isinstance(result, Tensor), f"a tensor of shape {tuple(value.shape)}"
+        fits = fits and result.shape == value.shape
+    else:
+        fits, wanted = isinstance(result, type(value)), f"one of {type(value).__name__}"
+    if not fits:
+        found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise InputError(f"{location} was assigned {found} in a trace. Assign {wanted}.")
+    return result
 
 
 def _matrices(call: AttentionCall, scores: Tensor | None, pattern: Tensor) -> Matrices:
