@@ -248,11 +248,15 @@ class AttentionCall:
                 f"{item}, head {head}), so that nothing is left to attend to. Keep at least one "
                 "key, for example the row's own."
             )
+        hide = low = torch.finfo(self.query.dtype).min
         if self.mask is not None and self.mask.ndim == 4 and self.mask.dtype != torch.bool:
             bias = bias + wide(self.mask[:, :, -self.n_queries :, : self.n_keys])
-        low = torch.finfo(self.query.dtype).min
+        else:
+            # A row of padding that attends to nothing is 0 behind a bool mask, and the mean of all
+            # values behind a finite one: what recurrent layers make of it reaches real tokens.
+            hide = -torch.inf
         bias = bias.to(self.query.dtype).clamp_min(low).expand(hidden.shape)
-        return replace(self, mask=bias.masked_fill(hidden, low))
+        return replace(self, mask=bias.masked_fill(hidden, hide))
 
     def normalise(self, scores: Tensor) -> Tensor:
         """Softmax of scores as computed: only a mask or a window can leave a row empty."""

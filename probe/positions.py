@@ -194,12 +194,25 @@ def _tokens(given: Mapping[str, Any], tokens: Tensor, past: int, before: Tensor 
     real = torch.ones(batch, past + new, dtype=torch.bool, device=tokens.device)
     if before is not None and before.shape[1] == past:
         real[:, :past] = before >= 0
-    if isinstance(mask, Tensor | Mapping) and isinstance(ids, Tensor) and ids.shape[1] == new:
+    if isinstance(ids, Tensor) and ids.shape[1] == new and isinstance(mask, Tensor | Mapping):
         # On the left, padding repeats position 0 until the first token has it, which in a prefill
         # in pieces may come after a piece that was padding up to its last column.
         real[:, past:-1] = (ids[:, :-1] != 0) | (ids[:, 1:] != 0)
         real[:, :past] &= (ids[:, :1] != 0) | (real[:, :past].sum(1, keepdim=True) > 1)
+    elif ids is None:  # as models take it that have no position_ids
+        real[:, past:] &= _attended(mask, past, new)
     return real
+
+
+def _attended(mask: Any, past: int, new: int) -> Tensor | bool:
+    """Which new columns some row of a ready 4-D mask attends to: nobody attends to padding."""
+    each = mask.values() if isinstance(mask, Mapping) else [mask]
+    ready = [x for x in each if isinstance(x, Tensor) and x.ndim == 4 and x.shape[3] >= past + new]
+    if not ready:
+        return True
+    columns = ready[0][..., past : past + new]
+    keep = columns if columns.dtype == torch.bool else columns > torch.finfo(columns.dtype).min / 2
+    return keep.flatten(1, 2).any(1)
 
 
 def _none() -> None:

@@ -96,9 +96,10 @@ def prove_mixing(call: AttentionCall, pattern: Tensor, values: Tensor, z: Tensor
     Raises:
         WiringError: With the layer, the error and the versions.
     """
-    mixed = torch.einsum("bhqk,bkhd->bqhd", pattern.float(), values.float())
-    error = (mixed - z.float()).norm(dim=-1)
-    size = values.float().norm(dim=-1).amax(1, keepdim=True)
+    exact = torch.promote_types(z.dtype, torch.float32)
+    mixed = torch.einsum("bhqk,bkhd->bqhd", pattern.to(exact), values.to(exact))
+    error = (mixed - z.to(exact)).norm(dim=-1)
+    size = values.to(exact).norm(dim=-1).amax(1, keepdim=True)
     excess = error / (8 * torch.finfo(z.dtype).eps * size).clamp_min(1e-30)
     if not bool((excess <= 1).all()):
         _fail(

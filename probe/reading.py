@@ -1,5 +1,6 @@
 """One batch of a run: a forward that reads what a plan asks for. Nothing is written here."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -54,6 +55,7 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
     Raises:
         WiringError: The proof failed.
         FloatingPointError: The model's loss is not finite.
+        RuntimeError: What was generated for several problems depends on their padding.
     """
     items = [todo.items[i] for i in batch]
     prompts = torch.tensor([item.length for item in items])
@@ -81,7 +83,10 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
     with model.tap.watch.on(*todo.interventions, prompt=prompts, length=lengths):
         layers = tuple(sorted(todo.layers))
         output = run(model.tap, visit, _inputs(model, items), layers=layers, proof=proof)
-    losses = _losses(logits_of(output), items, prompts.tolist())
+    logits = logits_of(output)
+    if todo.max_new_tokens and len(items) > 1:
+        _require_greedy(logits, items, prompts.tolist())
+    losses = _losses(logits, items, prompts.tolist())
     arrays: list[dict[str, npt.NDArray[Any]]] = [
         {name: array[n].numpy() for name, array in group.items()}
         for group, (_, alike) in zip(out, groups, strict=True)
@@ -92,7 +97,16 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
 
 
 def _continue(model: Model, todo: Plan, items: Sequence[Item]) -> list[Item]:
-    """The problems with what the model says after them, greedily, under the same interventions."""
+    """The problems with what the model says after them, greedily, under the same interventions.
+
+    Together where padding cannot be felt, else with those of the same length.
+    """
+    safe = _ignores_padding(model)
+    groups = [list(g) for _, g in groupby(items, key=lambda item: safe or item.length)]
+    return [item for group in groups for item in _generated(model, todo, group)]
+
+
+def _generated(model: Model, todo: Plan, items: Sequence[Item]) -> Iterator[Item]:
     with model.intervene(*todo.interventions):
         ids = model.generate(
             [list(item.token_ids) for item in items],
@@ -103,11 +117,38 @@ def _continue(model: Model, todo: Plan, items: Sequence[Item]) -> list[Item]:
         )
     longest = max(item.length for item in items)  # padded on the left
     stop = _stop_tokens(model)
-    out = []
     for item, row in zip(items, ids[:, longest:].tolist(), strict=True):
         end = next((n + 1 for n, token in enumerate(row) if token in stop), len(row))
-        out.append(continued(todo, item, row[:end]))
-    return out
+        yield continued(todo, item, row[:end])
+
+
+def _require_greedy(logits: Tensor | None, items: Sequence[Item], prompts: Sequence[int]) -> None:
+    """Check that what was generated together, padded, is what this forward would say next.
+
+    Raises:
+        RuntimeError: Padding was felt after all (in the model's cache, or in what it selects).
+    """
+    if logits is None:
+        return
+    for row, item, n in zip(logits, items, prompts, strict=True):
+        said = row[n - 1 : item.length - 1].float()
+        best = said.amax(-1)
+        new = torch.tensor(item.token_ids[n:], device=row.device)
+        short = best - said.gather(-1, new[:, None])[:, 0]
+        if bool((short > 16 * torch.finfo(row.dtype).eps * best.abs().clamp_min(1)).any()):
+            raise RuntimeError(f"problem {item.problem.id!r} is continued otherwise when padded")
+
+
+def _ignores_padding(model: Model) -> bool:
+    """Whether a model that is padded on the left counts and mixes only real tokens.
+
+    It must be told their positions, and have no layer that carries padding along, as recurrent and
+    convolutional ones do.
+    """
+    text = getattr(model.config, "get_text_config", lambda: None)()
+    layers = getattr(text, "num_hidden_layers", None)
+    takes = "position_ids" in inspect.signature(type(model.base).forward).parameters
+    return takes and layers == len(model.layers)
 
 
 def _stop_tokens(model: Model) -> frozenset[int]:

@@ -13,6 +13,7 @@ from probe.errors import InputError, StoreError
 from probe.interventions import Bias, Edit, Intervention
 from probe.model import Model
 from probe.writer import Writer
+from recipes.architectures_tiny import tiny as tiny_of
 from tests.models import Bare
 from tests.models import bare as bare
 from tests.references import no_grad as no_grad
@@ -307,3 +308,18 @@ def test_a_generation_beyond_the_context_is_refused(bare: Bare, tmp_path: Path) 
     message = r"problem '0' has 60 tokens, and with max_new_tokens=5 it would pass the context of"
     with pytest.raises(InputError, match=message):
         capture(bare("llama"), [[1] * 60], tmp_path / "s", max_new_tokens=5)
+
+
+@pytest.mark.parametrize("name", ["trocr", "recurrent_gemma", "git", "minimax_m3_vl_text"])
+def test_what_is_generated_is_the_same_in_a_batch_where_a_model_feels_padding(
+    name: str, tmp_path: Path
+) -> None:
+    """No position_ids; layers that carry padding on; its own cache; keys chosen by position."""
+    some = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [20, 21, 22, 23, 24]]
+    options: Any = {"max_new_tokens": 4, "dtype": "float32", "progress": False}
+    with probe.load(tiny_of(name)) as model:
+        batch = probe.capture(model, some, tmp_path / "batch", **options)
+        alone = probe.capture(model, some, tmp_path / "alone", batch_size=1, **options)
+        np.testing.assert_array_equal(batch.token_id.values, alone.token_id.values)
+        np.testing.assert_allclose(batch.pattern.values, alone.pattern.values, atol=1e-5)
+        assert batch.status.values.tolist() == [1, 1, 1]
