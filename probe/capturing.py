@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain, islice
+from os import PathLike
 from pathlib import Path
 from typing import Literal
 
@@ -92,6 +93,8 @@ def capture(
         >>> ds.pattern.sel(problem="0", layer=1, head=3).shape
         (6, 10)
     """
+    if not isinstance(store, str | PathLike):
+        raise InputError(f"store={store!r:.60}. Give the folder of the store, as 'run.zarr'.")
     if on_error not in ("record", "raise"):
         raise InputError(f"on_error={on_error!r}. Choose 'record' or 'raise'.")
     todo = plan(
@@ -198,7 +201,7 @@ def _outcomes(
                     limit = half
                     log.warning("out of memory; going on with batches of %d problems", limit)
                 queue += [batch[half:], batch[:half]]
-            elif on_error == "raise" or (new and failed >= _HOPELESS and not proven):
+            elif on_error == "raise" or (new and not proven and _hopeless(error, failed, todo)):
                 error.add_note(f"This happened in problem {todo.items[batch[0]].problem.id!r}.")
                 raise
             else:
@@ -208,6 +211,12 @@ def _outcomes(
             proven = True
             yield from zip(batch, readings, strict=True)
             del readings
+
+
+def _hopeless(error: Exception, failed: int, todo: Plan) -> bool:
+    """Whether a run that has done nothing yet should stop: nothing will ever succeed."""
+    all_refused = isinstance(error, InputError) and failed + 1 == len(todo.items)
+    return failed >= _HOPELESS or all_refused
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -59,7 +59,11 @@ def _changed(change: Change, value: Tensor) -> tuple[Tensor, bool]:
     # Inference tensors do not count their in-place edits.
     before = value.clone() if value.is_inference() else None
     version = None if before is not None else value._version
-    result = change.function(value)
+    try:
+        result = change.function(value)
+    except Exception as error:
+        error.add_note(f"This happened in {change.name}.")
+        raise
     new = value if result is None else _checked(change, result, value)
     if new is not value:
         return new, True

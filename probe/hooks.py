@@ -5,6 +5,7 @@ Names are `blocks.{i}.attn.hook_pattern`, `hook_attn_scores`, `hook_z`, `hook_q`
 `hook_rot_q` and `hook_rot_k` name the same), k and v have key heads and all cached keys.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor
 from probe import selection
 from probe.attention import AttentionCall
 from probe.errors import InputError
-from probe.interventions import SITES, Change, Site
+from probe.interventions import SITES, Change, Site, require_function
 from probe.selection import Selector
 
 _HOOKS: Mapping[Site, str] = {site: f"hook_{site}" for site in SITES} | {
@@ -50,7 +51,7 @@ class Hook:
         return self.number
 
 
-HookFunction = Callable[[Tensor, Hook], Tensor | None]
+HookFunction = Callable[..., Tensor | None]
 Name = str | tuple[str, Selector] | re.Pattern[str] | Callable[[str], bool] | Sequence[str]
 
 
@@ -69,9 +70,9 @@ def resolve(name: Name, layers: Sequence[int]) -> list[tuple[Site, int]]:
 
     Args:
         name: A name (layers may be negative), a tuple (site, layers) such as ("pattern", -1) or
-            ("z", [0, 2]) or ("scores", None) for all, a compiled regular expression that is
-            searched in every name, a function of a name that says whether to take it, or a list of
-            names.
+            ("z", [0, 2]) or ("scores", None) for all, perhaps with "attn" behind, a compiled
+            regular expression that is searched in every name, a function of a name that says
+            whether to take it, or a list of names.
         layers: Absolute layers that have attention.
 
     Returns:
@@ -85,6 +86,8 @@ def resolve(name: Name, layers: Sequence[int]) -> list[tuple[Site, int]]:
         ([('pattern', 1)], [('z', 0), ('z', 1)])
     """
     known = [(site, layer) for layer in layers for site in SITES]
+    if isinstance(name, tuple) and name[2:] == ("attn",):  # TransformerLens' long form
+        name = name[:2]
     if isinstance(name, str):
         found = [_one(name, layers)]
     elif isinstance(name, tuple) and len(name) == 2 and str(name[0]) in _SITES:
@@ -140,9 +143,13 @@ def hooks(
     places: dict[tuple[Site, int], Hook] = {}
 
     def placed(pairs: Iterable[tuple[Name, HookFunction]]) -> Iterator[tuple[Hook, HookFunction]]:
+        if not isinstance(pairs, Iterable):
+            raise InputError(f"{pairs!r:.60} is no list of hooks. Give pairs (name, function).")
         for pair in pairs:
             if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
                 raise InputError(f"{pair!r:.60} is not a hook. Give pairs (name, function).")
+            named = {"hook": None} if _by_name(pair[1]) else {}
+            require_function(pair[1], "(tensor, hook)", *[None] * (2 - len(named)), **named)
             for site, layer in resolve(pair[0], layers):
                 hook = Hook(full_name(site, layer), site, layer)
                 yield places.setdefault((site, layer), hook), pair[1]
@@ -165,8 +172,20 @@ def _advice(layers: Sequence[int]) -> str:
     )
 
 
-def _call(function: HookFunction, hook: Hook, value: Tensor) -> Tensor | None:
-    return function(value, hook)
+def _by_name(function: Callable[..., Any]) -> bool:
+    """Whether a function has an argument `hook`.
+
+    TransformerLens gives the hook by that name, so that others may come before it in a partial.
+    """
+    try:
+        argument = inspect.signature(function).parameters.get("hook")
+    except (TypeError, ValueError):
+        return False
+    return argument is not None and argument.kind is not argument.POSITIONAL_ONLY
+
+
+def _call(function: Callable[..., Any], hook: Hook, value: Tensor) -> Any:
+    return function(value, hook=hook) if _by_name(function) else function(value, hook)
 
 
 def _listen(function: HookFunction, hook: Hook, value: Tensor) -> Tensor:
@@ -177,5 +196,16 @@ def _listen(function: HookFunction, hook: Hook, value: Tensor) -> Tensor:
             "outside torch.no_grad(), with parameters that require gradients below this layer."
         )
     value = value.view_as(value)  # another tensor: it counts as edited, so the output follows it
-    value.register_hook(lambda grad: function(grad, hook))  # type: ignore[no-untyped-call]
+
+    def listen(grad: Tensor) -> Tensor | None:
+        new = _call(function, hook, grad)
+        if new is None or (isinstance(new, Tensor) and new.shape == grad.shape):
+            return new
+        found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise InputError(
+            f"the backward hook on {hook.name} returned {found}. Return a tensor of shape "
+            f"{tuple(grad.shape)}, or None to leave it."
+        )
+
+    value.register_hook(listen)  # type: ignore[no-untyped-call]
     return value

@@ -10,8 +10,9 @@ that name them.
 
 import dataclasses
 import hashlib
+import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -83,7 +84,7 @@ class Bias:
         heads: Query heads, likewise.
 
     Raises:
-        InputError: The value is NaN or infinity.
+        InputError: The value is no number, NaN or infinity.
 
     Example:
         >>> with model.intervene(probe.Bias(value=-float("inf"), queries=-1, keys=0, layers=1)):
@@ -99,8 +100,14 @@ class Bias:
     heads: Selector = None
 
     def __post_init__(self) -> None:
-        if not self.value < float("inf"):
-            raise InputError(f"value={self.value}. Give a number, or -inf to hide an edge.")
+        try:
+            # A text and a tensor of several numbers are none; an int may be too large for a float.
+            finite = not isinstance(self.value, str) and float(self.value) < float("inf")
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            finite = False
+        if not finite:
+            raise InputError(f"value={self.value!r:.60}. Give a number, or -inf to hide an edge.")
+        _keep(self, "queries", "keys", "layers", "heads")
 
     def edits(self, call: AttentionCall) -> Iterable[Add]:
         """A bias on the edges that this call has."""
@@ -129,6 +136,9 @@ class Edit:
         layers: int, negative int, slice or list; default all.
         heads: Only these go through the function; of "k" and "v", key heads.
 
+    Raises:
+        InputError: There is no such site, or the function does not take two arguments.
+
     Example:
         >>> with model.intervene(probe.Edit(site="z", function=lambda z, _: 0 * z, heads=[0])):
         ...     logits = model("abcabc").logits
@@ -142,6 +152,8 @@ class Edit:
     def __post_init__(self) -> None:
         if self.site not in SITES:
             raise InputError(f"site={self.site!r}. Choose from {', '.join(SITES)}.")
+        require_function(self.function, "(value, call)", None, None)
+        _keep(self, "layers", "heads")
 
     def edits(self, call: AttentionCall) -> Iterable[Change]:
         """The function, in the layers that are named."""
@@ -173,6 +185,40 @@ def where(call: AttentionCall) -> Positions:
             "they cannot be chosen by position. Use an Edit, or a bias of your own."
         )
     return call.where
+
+
+def lasting(selector: Selector) -> Selector:
+    """A selection that can be read many times: what an iterator gives, it gives only once.
+
+    Example:
+        >>> lasting(iter([0, 1])), lasting("last:6")
+        ([0, 1], 'last:6')
+    """
+    return list(selector) if isinstance(selector, Iterator) else selector
+
+
+def _keep(one: object, *fields: str) -> None:
+    for name in fields:
+        object.__setattr__(one, name, lasting(getattr(one, name)))
+
+
+def require_function(function: object, wanted: str, *args: None, **kwargs: None) -> None:
+    """Refuse what cannot be called with such arguments, before a forward has begun.
+
+    Raises:
+        InputError: It is not callable, or takes other arguments.
+    """
+    if not callable(function):
+        raise InputError(f"{function!r:.60} is not callable. Give a function of {wanted}.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are written in C do not say what they take
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise InputError(f"{name} takes {signature}. Give a function of {wanted}.") from None
 
 
 def require(one: object) -> None:

@@ -1,5 +1,6 @@
 """Load a model by its name, or tap one that is there."""
 
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,19 @@ def load(
         >>> model.n_layers, model.n_heads, model.n_kv_heads
         (2, 4, 4)
     """
+    if layout is not None and not isinstance(layout, Layout):
+        raise InputError(f"layout={layout!r:.60}. Give a probe.Layout(...).")
     if isinstance(source, nn.Module):
         return Model(source, tokenizer, layout=layout)
+    if not isinstance(source, str | PathLike):
+        raise InputError(
+            f"source is a {type(source).__name__}. Give a name on the hub, a local folder, one of "
+            f"{', '.join(demos.NAMES)}, or a module."
+        )
+    known = dtype == "auto" or isinstance(getattr(torch, str(dtype), None), torch.dtype)
+    if isinstance(dtype, str) and not known:
+        raise InputError(f"dtype={dtype!r}. Give one of torch, as 'bfloat16' or torch.float32.")
+    target = _device(device)
     name = str(source)
     shipped = name.startswith("demo-") and not Path(name).exists()
     place = demos.path(name) if shipped else source
@@ -73,8 +85,20 @@ def load(
                 f"{name!r} has no tokenizer that can be loaded ({first_line(error)}). "
                 "Give one with tokenizer=, or load the model yourself and give probe.load that."
             ) from error
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Model(nn.Module.to(module, target), tokenizer, name=name, layout=layout)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """Where a loaded model goes; whether that is here shows before weights are read."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(
+            f"device={device!r} cannot be used: {first_line(error)} Give one that this torch has, "
+            "as 'cpu'."
+        ) from error
 
 
 def _unloadable(name: str, error: Exception) -> InputError | UnsupportedModelError:

@@ -16,7 +16,7 @@ from probe.errors import InputError
 from probe.fingerprint import fingerprint
 from probe.hooks import HookFunction, Name, resolve
 from probe.hooks import hooks as make_hooks
-from probe.interventions import Intervention, Site, require
+from probe.interventions import SITES, Intervention, Site, lasting, require
 from probe.layout import Layout
 from probe.loss import ReturnType, returned
 from probe.recording import cached, record
@@ -162,10 +162,11 @@ class Model:
 
         Args:
             fwd_hooks: Pairs (name, function): `function(tensor, hook)` returns a new tensor, or
-                None for the tensor itself, changed in place or only looked at. Names, tuples,
-                regular expressions and filters: see `probe.hooks.resolve`; shapes: see
-                `probe.interventions.Change`. A hook on scores or pattern computes them in full in
-                its layer; the model leaves its own kernel there only if they are changed.
+                None for the tensor itself, changed in place or only looked at. An argument
+                called `hook` is given by that name. Names, tuples, regular expressions and filters:
+                see `probe.hooks.resolve`; shapes: see `probe.interventions.Change`. A hook on
+                scores or pattern computes them in full in its layer; the model leaves its own
+                kernel there only if they are changed.
             bwd_hooks: Likewise for gradients; a returned tensor replaces the gradient. A site
                 with a backward hook is computed on the model's path.
 
@@ -200,7 +201,8 @@ class Model:
             fwd_hooks: Pairs (name, function).
             bwd_hooks: Likewise; they are called when you call `backward`.
             return_type: "logits" (batch, position, vocabulary); "loss", the mean next-token loss
-                over all tokens in nats, padding left out; "both"; or None.
+                over all tokens in nats, padding left out (NaN where no token has a next one);
+                "both"; or None.
 
         Example:
             >>> model.run_with_hooks("abc", [(("z", 0), lambda z, hook: 0 * z)]).shape
@@ -233,14 +235,16 @@ class Model:
             sites: Of "pattern", "scores", "z", "q", "k", "v".
             layers: int, negative int, slice or list; default all.
             heads: Query heads, likewise.
-            queries: Rows by token position, likewise, or "last:6"; default all, padding included.
+            queries: Rows by token position, likewise, or "last:6", "first:6", "segment:bos";
+                default all, padding included.
             keys: Columns, likewise.
             names_filter: Instead of sites and layers: a name, a regular expression, ...: see
                 `probe.hooks.resolve`.
             return_type: As for `run_with_hooks`.
 
         Returns:
-            (logits, cache): see `probe.cache.Cache`. Gradients flow from the cache to the model.
+            (logits, cache): see `probe.cache.Cache`. Gradients flow from the cache to the model;
+            those of the loss with respect to what is kept are heard by `bwd_hooks`.
 
         Raises:
             InputError: Something cannot be selected.
@@ -253,7 +257,9 @@ class Model:
         if names_filter is not None:
             places = resolve(names_filter, self.layers)
         else:
-            chosen = (sites,) if isinstance(sites, str) else tuple(sites)
+            if not isinstance(sites, Iterable):
+                raise InputError(f"sites={sites!r:.60}. Choose from {', '.join(SITES)}.")
+            chosen, layers = (sites,) if isinstance(sites, str) else tuple(sites), lasting(layers)
             places = [p for site in chosen for p in resolve((site, layers), self.layers)]
         if not places:
             raise InputError("sites=() keeps nothing. Name at least one, as sites='pattern'.")
@@ -273,6 +279,7 @@ class Model:
             heads=None if heads is None else absolute,
             queries=queries,
             keys=keys,
+            text=self.text,
         )
         cache = cached(
             found,

@@ -3,15 +3,15 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from probe import selection
 from probe.errors import InputError
-from probe.interventions import Intervention, as_data
+from probe.interventions import Intervention, as_data, lasting
 from probe.model import Model
 from probe.plans import Item, Plan
 from probe.problems import Problem, Problems
@@ -25,6 +25,8 @@ SITES: tuple[Site, ...] = ("pattern", "scores", "z")
 _WINDOW = 512
 _BATCH_TOKENS = 4096
 _BATCH_BYTES = 1 << 29
+
+_One = TypeVar("_One")
 
 
 def plan(
@@ -74,7 +76,9 @@ def plan(
     model.tap.check()
     with model.tap.watch.lock:  # not those of another thread
         around = model.tap.watch.interventions
-    sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    sites = (sites,) if isinstance(sites, str) else _all("sites", sites)
+    interventions = _all("interventions", interventions)
+    queries, keys = lasting(queries), lasting(keys)
     _check(sites, dtype, batch_size, max_length)
     _check_new(model, max_new_tokens)
     source = read_problems(problems)
@@ -113,7 +117,7 @@ def plan(
         layers=chosen_layers,
         heads=chosen_heads,
         dtype=dtype,
-        interventions=tuple(interventions),
+        interventions=interventions,
         max_new_tokens=max_new_tokens,
         queries=queries,
         keys=keys,
@@ -123,6 +127,13 @@ def plan(
         batches=tuple(_batches(items, size, cell_bytes, equal=equal)),
         seconds=_seconds(model, items),
     )
+
+
+def _all(name: str, values: Iterable[_One]) -> tuple[_One, ...]:
+    """A list that a user gave, as one that can be read many times."""
+    if not isinstance(values, Iterable):
+        raise InputError(f"{name}={values!r:.60} is no list. Give one, as {name}=[...].")
+    return tuple(values)
 
 
 def _check(sites: Sequence[str], dtype: str, batch: int | None, length: int | None) -> None:

@@ -1,6 +1,6 @@
 """One forward that keeps what its attention does, in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from probe.envoys import AttentionEnvoy
 from probe.errors import InputError
 from probe.filling import fill
 from probe.indexing import take
-from probe.interventions import Site
+from probe.interventions import Site, lasting
 from probe.matrices import Readable
 from probe.schema import Labels
 from probe.selection import Selector
@@ -50,6 +50,7 @@ def record(
     heads: Sequence[int] | None = None,
     queries: Selector = None,
     keys: Selector = None,
+    text: Text | None = None,
 ) -> Recorded:
     """One traced forward that keeps activations; only what is asked is computed.
 
@@ -60,6 +61,7 @@ def record(
         heads: Absolute query heads, default all.
         queries: Rows by token position: see `probe.selection.positions`.
         keys: Columns, likewise.
+        text: Says which segments there are to choose; without it there are none.
     """
     order = {site: n for n, site in enumerate(("q", "k", "v", "scores", "pattern", "z"))}
     by_layer: dict[int, list[Site]] = {}
@@ -68,14 +70,19 @@ def record(
     tensors: dict[tuple[Site, int], Tensor] = {}
     found: list[tuple[Sequence[Sequence[int]], Columns | None, Columns | None]] = []
 
+    def segments(item: int, columns: Sequence[int]) -> Sequence[str]:
+        if text is None:
+            return ()
+        return text.segments(inputs["input_ids"][item, list(columns)].tolist())
+
     def visit(layer: int, envoy: AttentionEnvoy) -> None:
         sites = by_layer[layer]
         call = envoy.call if {"q", "k", "v"} & set(sites) else None
         seen = envoy.seen
         if not found:
             where = _positions(tap, seen)
-            rows = _chosen(queries, where, "queries")
-            found.append((where, rows, _chosen(keys, where, "keys")))
+            rows = _chosen(queries, where, segments, "queries")
+            found.append((where, rows, _chosen(keys, where, segments, "keys")))
         _, rows, columns = found[0]
         for site in sites:
             if site in ("scores", "pattern"):
@@ -99,14 +106,32 @@ def _positions(tap: Tap, seen: Readable) -> Sequence[Sequence[int]]:
     return cast("list[list[int]]", columns.expand(batch, -1).tolist())
 
 
-def _chosen(selector: Selector, positions: Sequence[Sequence[int]], name: str) -> Columns | None:
+def _real(positions: Sequence[int], item: int) -> list[int]:
+    """The columns of a sequence that are tokens."""
+    real = [column for column, position in enumerate(positions) if position >= 0]
+    if not real:
+        raise InputError(
+            f"attention_mask hides every token of sequence {item}, so it has no rows to label. "
+            "Leave that sequence out, or mask only its padding."
+        )
+    return real
+
+
+def _chosen(
+    selector: Selector,
+    positions: Sequence[Sequence[int]],
+    segments: Callable[[int, Sequence[int]], Sequence[str]],
+    name: str,
+) -> Columns | None:
     """The columns that a selection names in each sequence, as many in each."""
     if selector is None:
         return None
+    selector = lasting(selector)
     found = []
     for item, each in enumerate(positions):
-        real = [column for column, position in enumerate(each) if position >= 0]
-        some = selection.positions(selector, len(real), name=name, problem=str(item))
+        real = _real(each, item)
+        parts = segments(item, real)
+        some = selection.positions(selector, len(real), parts, name=name, problem=str(item))
         found.append([real[n] for n in some])
     if len({len(some) for some in found}) > 1:
         raise InputError(
@@ -163,7 +188,7 @@ def cached(
     causal: bool,
 ) -> Cache:
     """What was recorded, with its labels."""
-    real = [[c for c, p in enumerate(each) if p >= 0] for each in found.positions]
+    real = [_real(each, item) for item, each in enumerate(found.positions)]
     rows, columns = found.queries or real, found.keys or real
     labels = []
     for item, positions in enumerate(found.positions):

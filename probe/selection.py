@@ -4,7 +4,7 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from numbers import Integral
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from probe.errors import InputError
 
@@ -109,6 +109,7 @@ def parts(selector: int | slice | Sequence[int] | None, name: str) -> list[int |
         >>> parts([0, -1], "keys")
         [0, -1]
     """
+    selector = _listed(selector)
     if selector is None or isinstance(selector, slice):
         return [_slice(selector, name)]
     items = [selector] if _is_int(selector) else _items(selector, name)
@@ -122,20 +123,22 @@ def as_data(selector: Selector) -> int | str | list[int] | None:
         >>> as_data(slice(2, None, 3))
         '2::3'
     """
-    if selector is None or isinstance(selector, str):
-        return selector
-    if isinstance(selector, slice):
-        ends = (selector.start, selector.stop)
-        parts = ends if selector.step is None else (*ends, selector.step)
+    chosen = _listed(selector)
+    if chosen is None or isinstance(chosen, str):
+        return chosen
+    if isinstance(chosen, slice):
+        ends = (chosen.start, chosen.stop)
+        parts = ends if chosen.step is None else (*ends, chosen.step)
         return ":".join("" if part is None else str(part) for part in parts)
-    if isinstance(selector, Iterable):
-        return [operator.index(item) for item in selector]
-    return operator.index(selector)
+    if isinstance(chosen, Iterable):
+        return [operator.index(item) for item in chosen]
+    return operator.index(chosen)
 
 
 def _resolve(
     selector: int | slice | Sequence[int] | None, size: int, name: str, noun: str, where: str
 ) -> tuple[int, ...]:
+    selector = _listed(selector)
     if selector is None or isinstance(selector, slice):
         chosen = tuple(range(size)[_slice(selector, name)])
     else:
@@ -149,6 +152,12 @@ def _resolve(
         twice = next(item for n, item in enumerate(chosen) if item in chosen[:n])
         raise InputError(f"{name}={selector!r} selects {twice} twice{where}. Select each once.")
     return chosen
+
+
+def _listed(selector: Any) -> Any:
+    """What a tensor or a number in an array holds, as ints; anything else as it is."""
+    single = getattr(selector, "ndim", None) == 0
+    return selector.tolist() if single or hasattr(selector, "numpy") else selector
 
 
 def _slice(selector: slice | None, name: str) -> slice:

@@ -103,18 +103,26 @@ class Text:
     def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What a tokenizer returns, with or without return_tensors, on the model's device."""
         batch = dict(inputs)
-        ids = batch.get("input_ids")
-        if ids is not None and not isinstance(ids, Tensor):
-            rows = [ids] if isinstance(ids[0], int) else ids
-            if len({len(row) for row in rows}) > 1:  # not padded: its masks are all ones
-                batch |= pad(rows, self.padding, side=self.padding_side)
+        if "input_ids" in batch:
+            ids = batch["input_ids"]
+            rows = _rows(ids.tolist() if isinstance(ids, Tensor) else ids)
+            if not isinstance(ids, Tensor) and len({len(row) for row in rows}) > 1:
+                batch |= pad(rows, self.padding, side=self.padding_side)  # its masks are all ones
             else:
-                batch = {k: torch.as_tensor(v).view(len(rows), -1) for k, v in batch.items()}
-        for row in batch["input_ids"].tolist() if "input_ids" in batch else []:
-            self.check(row)
+                batch = {k: self._shaped(k, v, len(rows)) for k, v in batch.items()}
+            for row in rows:
+                self.check(row)
         return {
             k: v.to(self.intake.device) if isinstance(v, Tensor) else v for k, v in batch.items()
         }
+
+    def _shaped(self, name: str, value: Any, rows: int) -> Any:
+        """Lists of numbers as a tensor, a row for each sequence; tensors of several as they are."""
+        if isinstance(value, Tensor) and (value.ndim != 1 or name != "input_ids"):
+            return value
+        if not isinstance(value, Tensor | list | tuple | np.ndarray):
+            return value
+        return torch.as_tensor(value).view(rows, -1)
 
     def check(self, token_ids: Sequence[int], *, what: str = "the input") -> None:
         """Refuse token ids that the model cannot run on.
@@ -154,6 +162,27 @@ class Text:
         if "position_ids" in inspect.signature(type(self.intake.base).forward).parameters:
             batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
         return batch
+
+
+def _rows(ids: Any) -> list[list[int]]:
+    """The input_ids that a tokenizer returned, one list or several, as lists of ints.
+
+    Raises:
+        InputError: They are something else, or none.
+    """
+    try:
+        some = list(ids)
+        if some and isinstance(some[0], int | np.integer):
+            some = [some]
+        rows = [[operator.index(i) for i in row] for row in some]
+    except TypeError as error:
+        raise InputError(
+            f"input_ids={ids!r:.60} are no token ids ({error}). Give lists of ints, or an int "
+            "tensor (batch, position)."
+        ) from error
+    if not rows or not all(rows):
+        raise InputError(f"input_ids={ids!r:.60} hold no tokens. Give at least one of each.")
+    return rows
 
 
 def pad(

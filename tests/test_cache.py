@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import probe
 from probe.errors import InputError
 from probe.interventions import SITES, Bias, Site
 from tests.edited import watched
@@ -256,3 +257,43 @@ def test_a_loss_needs_a_mask_that_shows_padding() -> None:
         torch.testing.assert_close(logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match=r"mask of shape \(1, 1, 8, 8\) does not tell from text"):
         model.run_with_cache(batch, return_type="loss")
+
+
+def test_segments_are_chosen_as_in_a_capture() -> None:
+    with probe.load("demo-llama") as model:
+        texts = ["abcabc", "abc"]
+        _, cache = model.run_with_cache(texts, sites="pattern", keys="segment:bos", queries=-1)
+        _, whole = model.run_with_cache(texts, sites="pattern")
+        for item, length in enumerate((7, 4)):
+            wanted = whole["pattern", 1][item, :, length - 1, :1]
+            torch.testing.assert_close(cache["pattern", 1][item, :, 0], wanted)
+        with pytest.raises(InputError, match=r"no segment 'latent' \(it has: bos, text\)"):
+            model.run_with_cache("abc", queries="segment:latent")
+
+
+def test_selections_that_can_be_read_only_once_serve_everywhere() -> None:
+    model, ids = watched("llama"), [[5, 6, 7, 8], [1, 2, 3]]
+    once: Any = {"layers": iter([0, 2]), "queries": iter([0, 2])}
+    _, cache = model.run_with_cache(ids, **once)
+    _, wanted = model.run_with_cache(ids, layers=[0, 2], queries=[0, 2])
+    assert list(cache) == list(wanted)
+    assert all(torch.equal(cache[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("sites", [None, 3])
+def test_sites_that_are_no_list_are_refused(sites: Any) -> None:
+    with pytest.raises(InputError, match=rf"sites={sites}\. Choose from q, k, v, scores, pattern"):
+        watched("llama").run_with_cache([5, 6], sites=sites)
+
+
+@pytest.mark.parametrize("queries", [None, -1])
+def test_a_sequence_that_is_all_padding_is_refused(queries: Any) -> None:
+    ids = torch.tensor([[5, 6, 7], [5, 6, 7]])
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}
+    with pytest.raises(InputError, match=r"attention_mask hides every token of sequence 1"):
+        watched("llama").run_with_cache(batch, queries=queries)
+
+
+def test_the_long_form_of_transformer_lens_names_the_same(bare: Bare) -> None:
+    _, cache = bare("llama").run_with_cache([[1, 2, 3]], sites="pattern")
+    assert cache["pattern", 1, "attn"] is cache["pattern", 1]  # type: ignore[index]

@@ -201,8 +201,11 @@ def test_a_run_in_which_everything_fails_stops_early_and_says_why(
     with pytest.raises(InputError, match="Return a tensor of shape") as raised:
         probe.capture(llama, many, tmp_path / "s", **options)
     assert raised.value.__notes__ == ["This happened in problem '8'."]
-    ds = probe.capture(llama, many[:3], tmp_path / "few", **options)
-    assert ds.status.values.tolist() == [2, 2, 2]
+    with pytest.raises(InputError, match="Return a tensor of shape"):
+        probe.capture(llama, many[:3], tmp_path / "few", **options)
+    with pytest.raises(InputError, match="Return a tensor of shape"):
+        probe.capture(llama, many[:1], tmp_path / "one", **options)
+    assert not (tmp_path / "one").exists()
 
 
 def test_a_batch_that_does_not_fit_in_memory_is_halved(

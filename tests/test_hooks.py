@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -95,6 +96,25 @@ def test_what_is_no_pair_of_name_and_function_is_refused(odd: Any) -> None:
         watched("llama").run_with_hooks(IDS, [odd])
 
 
+@pytest.mark.parametrize("odd", [None, 3, print])
+def test_what_is_no_list_of_hooks_is_refused(odd: Any) -> None:
+    for where in ("fwd_hooks", "bwd_hooks"):
+        with pytest.raises(
+            InputError, match=r"is no list of hooks\. Give pairs \(name, function\)"
+        ):
+            watched("llama").run_with_hooks(IDS, **{where: odd})
+
+
+@pytest.mark.parametrize("odd", [lambda p: p, lambda: None, lambda p, head, hook: p])
+def test_a_function_of_other_arguments_is_refused_before_anything_runs(odd: Any) -> None:
+    for where in ("fwd_hooks", "bwd_hooks"):
+        given: Any = {where: [(("pattern", 1), odd)]}
+        with pytest.raises(
+            InputError, match=r" takes \(.*\. Give a function of \(tensor, hook\)\."
+        ):
+            watched("llama").run_with_hooks(IDS, **given)
+
+
 # ----------------------------------------------------------------------------------- forward
 
 
@@ -144,6 +164,42 @@ def test_a_hook_learns_where_it_is_called_and_keeps_what_it_wants() -> None:
             ("blocks.2.attn.hook_k", "k", 2, (1, 8, 2, 8)),
         )
     ]
+
+
+def first(z: Tensor, head: int, hook: Any) -> None:
+    z[:, :, head] = hook.layer()
+
+
+def last(z: Tensor, hook: Any, head: int) -> None:
+    first(z, head, hook)
+
+
+def only(z: Tensor, head: int, *, hook: Any) -> None:
+    first(z, head, hook)
+
+
+def unnamed(head: int, z: Tensor, h: Any) -> None:
+    first(z, head, h)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [partial(first, head=2), partial(last, head=2), partial(only, head=2), partial(unnamed, 2)],
+)
+def test_a_partial_may_leave_the_hook_before_or_behind_what_it_holds(function: Any) -> None:
+    model = watched("llama")
+    got = model.run_with_hooks(IDS, [(("z", None), function)])
+    wanted = model.run_with_hooks(IDS, [(("z", None), lambda z, hook: first(z, 2, hook))])
+    assert torch.equal(got, wanted)
+    assert not torch.allclose(got, model(IDS).logits)
+    heard: list[tuple[int, str]] = []
+
+    def hear(grad: Tensor, number: int, hook: Any) -> None:
+        heard.append((number, hook.name))
+
+    hooks = [(("z", 1), partial(hear, number=5))]
+    model.run_with_hooks(IDS, bwd_hooks=hooks, return_type="loss").backward()
+    assert heard == [(5, "blocks.1.attn.hook_z")]
 
 
 def test_hooks_see_each_step_of_a_generation() -> None:
@@ -311,6 +367,16 @@ def test_a_backward_hook_hears_the_value_that_a_forward_hook_made() -> None:
     torch.testing.assert_close(heard[0], grad)
 
 
+@pytest.mark.parametrize(
+    ("odd", "what"), [(lambda g, hook: 3, "int"), (lambda g, hook: g[:, :1], r"\(1, 1, 4, 8\)")]
+)
+def test_a_backward_hook_that_returns_something_else_is_refused(odd: Any, what: str) -> None:
+    loss = watched("llama").run_with_hooks(IDS, bwd_hooks=[(("z", 1), odd)], return_type="loss")
+    message = rf"the backward hook on blocks\.1\.attn\.hook_z returned {what}\. Return a tensor of "
+    with pytest.raises(InputError, match=message + r"shape \(1, 8, 4, 8\), or None"):
+        loss.backward()
+
+
 def test_a_backward_hook_without_gradients_is_refused(bare: Bare) -> None:
     hooks = [(("pattern", 1), lambda grad, hook: None)]
     message = r"blocks\.1\.attn\.hook_pattern has no gradient, so a backward hook would never"
@@ -330,3 +396,12 @@ def test_what_a_run_returns_is_chosen() -> None:
     assert model.run_with_hooks(IDS, return_type=None) is None
     with pytest.raises(InputError, match=r"return_type='all'\. Choose logits, loss, both or None"):
         model.run_with_hooks(IDS, return_type="all")  # type: ignore[arg-type]
+
+
+def test_an_error_in_a_hook_says_in_which(bare: Bare) -> None:
+    def broken(z: Tensor, hook: Hook) -> Tensor:
+        raise ZeroDivisionError(hook.name)
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        bare("llama").run_with_hooks([[1, 2]], [(("z", 1), broken)])
+    assert raised.value.__notes__ == ["This happened in the hook on blocks.1.attn.hook_z."]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,3 +135,53 @@ def test_positions_that_nobody_knows_are_refused_and_edits_work_all_the_same() -
     with model.intervene(Edit(site="z", function=lambda z, _: 2 * z)):
         twice, _ = first(embeds, **inputs)
     torch.testing.assert_close(twice, 2 * plain)
+
+
+@pytest.mark.parametrize(
+    "value", ["1", None, 1j, torch.ones(2), 10**400, float("nan"), float("inf"), [1.0]], ids=str
+)
+def test_a_value_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match=r"value=.*\. Give a number, or -inf to hide an edge"):
+        Bias(value=value)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(-1.0), -1, np.float32(-1)], ids=str)
+def test_a_value_may_be_any_number(value: Any) -> None:
+    model = watched("llama")
+    with model.intervene(Bias(value=value, keys=0)):
+        got = model(IDS).logits
+    with model.intervene(Bias(value=-1.0, keys=0)):
+        assert torch.equal(got, model(IDS).logits)
+
+
+@pytest.mark.parametrize("function", [3, None, "z", [print]], ids=str)
+def test_an_edit_without_a_function_is_refused(function: Any) -> None:
+    with pytest.raises(InputError, match=r"is not callable\. Give a function of \(value, call\)"):
+        Edit(site="z", function=function)
+
+
+def test_an_edit_by_a_function_of_other_arguments_is_refused() -> None:
+    odd: Any = lambda z: z  # noqa: E731
+    with pytest.raises(
+        InputError, match=r"<lambda> takes \(z\)\. Give a function of \(value, call"
+    ):
+        Edit(site="z", function=odd)
+    unknown: Any
+    for unknown in (torch.mul, print):  # what is written in C need not say what it takes
+        Edit(site="z", function=unknown)
+
+
+def test_selections_that_can_be_read_only_once_act_in_every_layer_and_forward() -> None:
+    model = watched("llama")
+    iterators: Any = {"keys": iter([0, 3]), "layers": iter([0, 2]), "heads": iter([1])}
+    once = Bias(value=-2.0, **iterators)
+    iterators = {"layers": iter([0, 1]), "heads": iter([0])}
+    edit = Edit(site="z", function=lambda z, _: 2 * z, **iterators)
+    with model.intervene(
+        Bias(value=-2.0, keys=[0, 3], layers=[0, 2], heads=[1]),
+        Edit(site="z", function=lambda z, _: 2 * z, layers=[0, 1], heads=[0]),
+    ):
+        wanted = model(IDS).logits
+    with model.intervene(once, edit):
+        for _ in range(2):
+            assert torch.equal(model(IDS).logits, wanted)

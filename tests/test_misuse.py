@@ -103,6 +103,65 @@ def test_a_store_that_is_deleted_under_the_run_stops_it(llama: Any, tmp_path: Pa
     assert not (tmp_path / "s").exists()
 
 
+def test_lists_that_can_be_read_only_once_are_read_once(llama: Any, tmp_path: Path) -> None:
+    off = probe.Edit(site="z", function=lambda z, _: 0 * z)
+    ds = probe.capture(
+        llama,
+        IDS,
+        tmp_path / "s",
+        sites=iter(["z", "pattern"]),  # type: ignore[arg-type]
+        queries=iter([0]),  # type: ignore[arg-type]
+        keys=iter([0]),  # type: ignore[arg-type]
+        interventions=iter([off]),  # type: ignore[arg-type]
+        progress=False,
+    )
+    assert len(ds.attrs["interventions"]) == 1
+    assert float(abs(ds["z"]).max()) == 0  # what is recorded was also done
+    assert (ds.status == 1).all()
+
+
+@pytest.mark.parametrize("given", [None, 3, probe.Bias(value=-1.0)], ids=str)
+def test_what_is_no_list_is_refused(given: Any, llama: Any) -> None:
+    for name in ("sites", "interventions"):
+        with pytest.raises(InputError, match=rf"{name}=.* is no list\. Give one, as {name}=\["):
+            probe.plan(llama, IDS, **{name: given})
+
+
+@pytest.mark.parametrize("store", [None, 3, b"s"], ids=str)
+def test_a_store_that_is_no_path_is_refused(store: Any, llama: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"store=.*\. Give the folder of the store, as 'run\.zarr'"
+    ):
+        probe.capture(llama, IDS, store)
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({"source": None}, r"source is a NoneType\. Give a name on the hub, a local folder"),
+    "a list": ({"source": ["demo-llama"]}, r"source is a list\."),
+    "an unknown device": ({"device": "nonsense"}, r"device='nonsense' cannot be used: .*as 'cpu'"),
+    "a device of no kind": ({"device": 1.5}, r"device=1\.5 cannot be used"),
+    "a device that is not here": ({"device": "cuda:99"}, r"device='cuda:99' cannot be used"),
+    "an unknown dtype": (
+        {"dtype": "float99"},
+        r"dtype='float99'\. Give one of torch, as 'bfloat16'",
+    ),
+    "another name of torch": ({"dtype": "nn"}, r"dtype='nn'\."),
+    "a layout of no kind": ({"layout": "x"}, r"layout='x'\. Give a probe\.Layout\(\.\.\.\)"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_what_cannot_be_loaded_says_why(what: str) -> None:
+    options, message = ODD[what]
+    with pytest.raises(InputError, match=message):
+        probe.load(**{"source": "demo-llama"} | options)
+
+
+def test_a_dtype_may_be_left_to_the_checkpoint_by_its_name() -> None:
+    for dtype in ("auto", "float32", torch.float32, None):
+        assert probe.load("demo-llama", dtype=dtype).dtype == torch.float32
+
+
 def test_real_text_in_a_real_model_proves_itself(tmp_path: Path) -> None:
     shared = Path(__file__).parent.parent.parent / "shared" / "data"
     if not shared.exists():

@@ -157,3 +157,37 @@ ODD: dict[str, Any] = {
 def test_an_input_of_another_kind_is_an_input_error(odd: str, bare: Bare) -> None:
     with pytest.raises(InputError):
         bare("llama")(ODD[odd])
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "nothing": (None, r"input_ids=None are no token ids"),
+    "text": ("abc", r"input_ids='abc' are no token ids"),
+    "a number": (3, r"input_ids=3 are no token ids"),
+    "fractions": ([[1.5]], r"input_ids=\[\[1\.5\]\] are no token ids .*float"),
+    "a tensor of fractions": (torch.tensor([[1.5]]), r"are no token ids .*float.* Give lists of"),
+    "no rows": ([], r"input_ids=\[\] hold no tokens\. Give at least one of each"),
+    "an empty row": ([[1], []], r"hold no tokens"),
+    "no columns": (torch.ones(1, 0, dtype=torch.long), r"hold no tokens"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_input_ids_that_are_none_are_refused(what: str, bare: Bare) -> None:
+    ids, message = WRONG[what]
+    with pytest.raises(InputError, match=message):
+        bare("llama")({"input_ids": ids})
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"input_ids": torch.tensor([5, 6, 7])},
+        {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": [[1, 1, 1]]},
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]},
+        {"input_ids": np.array([5, 6, 7]), "attention_mask": np.array([[1, 1, 1]])},
+    ],
+    ids=str,
+)
+def test_a_dict_may_hold_lists_arrays_and_one_sequence(mapping: Any, bare: Bare) -> None:
+    model = bare("llama")
+    assert torch.equal(model(mapping).logits, model([5, 6, 7]).logits)

@@ -1,14 +1,16 @@
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from probe.errors import InputError
-from probe.selection import Selector, as_data, axis, positions
+from probe.selection import Selector, as_data, axis, parts, positions
 
 slices = st.builds(
     slice,
@@ -174,3 +176,15 @@ def test_a_problem_without_tokens_has_no_positions() -> None:
 def test_a_selection_is_recorded_as_plain_data(selector: Selector, data: object) -> None:
     assert as_data(selector) == data
     assert json.loads(json.dumps(as_data(selector))) == data
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_arrays_and_tensors_select_like_the_ints_in_them(make: Callable[[object], object]) -> None:
+    for chosen in (1, [0, 2]):
+        array: Any = make(chosen)
+        assert axis(array, 4, "layers") == axis(chosen, 4, "layers")
+        assert as_data(array) == chosen
+        assert parts(array, "keys") == parts(chosen, "keys")
+    wrong: Any = make([0.5])
+    with pytest.raises(InputError, match=r"layers holds .*0\.5.*, which is not an int"):
+        axis(wrong, 4, "layers")

@@ -11,6 +11,7 @@ from nnsight import NNsight
 from transformers import PreTrainedModel
 
 from probe.envoys import AttentionEnvoy
+from probe.errors import InputError
 from probe.tap import Tap, run
 from tests.conftest import Tiny
 from tests.references import (
@@ -83,7 +84,7 @@ def test_closing_after_an_error_in_a_trace_restores_the_model(family: str, tiny:
 
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         run(tap, fail, batch, layers=(0, 1, 2))
-    with pytest.raises(RuntimeError, match=r"shape|size"):
+    with pytest.raises(InputError, match=r"pattern was assigned .* Assign a tensor of shape"):
         run(tap, break_shape, batch, layers=(0, 1, 2))
     assert torch.equal(watch(tap, batch, "pattern")[0].logits, wanted)
     tap.close()
