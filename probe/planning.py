@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 
 from probe import selection
+from probe.describing import as_data
 from probe.errors import InputError
-from probe.interventions import Intervention, as_data, lasting
+from probe.interventions import Intervention, lasting
 from probe.model import Model
 from probe.plans import Item, Plan
 from probe.problems import Problem, Problems

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from probe.describing import as_data
 from probe.errors import InputError
 from probe.hooks import hooks
-from probe.interventions import Bias, Edit, as_data
+from probe.interventions import Bias, Edit
 
 Function = Callable[..., Any]
 
@@ -137,7 +138,8 @@ def test_every_dtype_of_torch_can_be_recorded() -> None:
 def test_the_record_is_the_same_in_every_process() -> None:
     code = """if True:
         import json
-        from probe.interventions import Edit, as_data
+        from probe.describing import as_data
+        from probe.interventions import Edit
         words = {"alpha", "beta", "gamma", "delta"}
         def function(x, call):
             return x if call.layer in {"alpha", "beta", "gamma", "delta"} else words
