@@ -19,7 +19,7 @@ from probe.interface import Kernel
 from probe.interventions import Add, Change
 from probe.matrices import Matrices, Readable
 from probe.owncode import Finish, nobody
-from probe.watching import Watch
+from probe.watching import Watch, recomputes
 
 backward.install()
 
@@ -48,10 +48,7 @@ class RootEnvoy(LazyEnvoy):
     """The model's envoy; inputs follow its parameters, also when some are offloaded."""
 
     def interleave(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            m.training and getattr(m, "gradient_checkpointing", False)
-            for m in self._module.modules()
-        ):
+        if recomputes(self._module):
             raise UnsupportedModelError(
                 "this model trains under gradient checkpointing, whose second forward runs outside "
                 "the trace: gradients would be wrong. Use model.hooks or model.intervene around "

@@ -36,10 +36,15 @@ def reading(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def overhear(module: nn.Module, n_tokens: int = 16) -> list[Heard]:
-    """One short forward with every module listening: who calls attention, and with what."""
+def overhear(module: nn.Module, model: PreTrainedModel, n_tokens: int = 16) -> list[Heard]:
+    """One short forward with every module listening: who calls attention, and with what.
+
+    Args:
+        module: What runs.
+        model: The transformers model in it.
+        n_tokens: How many it reads, at most.
+    """
     heard: list[Heard] = []
-    model = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
     vocabulary = vocabulary_size(model)
     context = getattr(model.config, "max_position_embeddings", None) or n_tokens
     ids = torch.arange(min(n_tokens, context), device=placement(model))[None] % vocabulary

@@ -101,7 +101,9 @@ class Tap:
             _switch(model, name)
             if model.config._attn_implementation != name:
                 return None
-        heard = overhear(self.module) if self._names else []
+        if not self._names:
+            return None
+        heard = overhear(self.module, next(iter(self._implementations)))
         for caller, call, z in heard:
             prove(call, z, causal=bool(getattr(caller, "is_causal", False)))
         causal = not any(bool(call.keep().triu(1).any()) for _, call, _ in heard)

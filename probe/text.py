@@ -81,12 +81,9 @@ class Text:
         if isinstance(inputs, str):
             inputs = [inputs]
         try:
-            rows: list[Any] = list(inputs)
-            if rows and isinstance(rows[0], int | np.integer):
-                rows = [rows]
             ids = [
                 self.encode(row) if isinstance(row, str) else [operator.index(i) for i in row]
-                for row in rows
+                for row in _several(inputs)
             ]
         except TypeError as error:
             raise InputError(
@@ -171,10 +168,7 @@ def _rows(ids: Any) -> list[list[int]]:
         InputError: They are something else, or none.
     """
     try:
-        some = list(ids)
-        if some and isinstance(some[0], int | np.integer):
-            some = [some]
-        rows = [[operator.index(i) for i in row] for row in some]
+        rows = [[operator.index(i) for i in row] for row in _several(ids)]
     except TypeError as error:
         raise InputError(
             f"input_ids={ids!r:.60} are no token ids ({error}). Give lists of ints, or an int "
@@ -205,3 +199,9 @@ def pad(
         ids[i, where] = torch.as_tensor(row)
         mask[i, where] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _several(inputs: Any) -> list[Any]:
+    """Several inputs, also where one list of token ids was given."""
+    rows = list(inputs)
+    return [rows] if rows and isinstance(rows[0], int | np.integer) else rows

@@ -173,13 +173,8 @@ class Watch:
                 "body of a trace. Call it before or after, or use a second copy."
             )
         self._running = True
-        self._checkpointing = (
-            torch.is_grad_enabled()
-            and any(
-                m.training and getattr(m, "gradient_checkpointing", False)
-                for m in self._model.modules()
-            )
-            and any(p.requires_grad for p in self._model.parameters())
+        self._checkpointing = recomputes(self._model) and any(
+            p.requires_grad for p in self._model.parameters()
         )
         self.ruler.read(args, kwargs)
 
@@ -189,6 +184,13 @@ class Watch:
             self._refused.remove(thread)
         else:
             self._running = False
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Whether a forward now would run again for its gradients: gradient checkpointing."""
+    return torch.is_grad_enabled() and any(
+        m.training and getattr(m, "gradient_checkpointing", False) for m in module.modules()
+    )
 
 
 class _Token:
