@@ -1,33 +1,20 @@
 """The run: a model reads problems, and what its attention does goes into a store."""
 
-import logging
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from itertools import chain, islice
-from os import PathLike
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
-import torch
 import xarray as xr
-from tqdm.auto import tqdm
 
 from probe import store as stores
-from probe.disk import size
-from probe.errors import InputError, StoreError, UnsupportedModelError, WiringError
-from probe.hearing import reading
 from probe.interventions import Intervention
 from probe.model import Model
 from probe.planning import plan
 from probe.plans import Plan
-from probe.reading import Reading, read
+from probe.reading import read
+from probe.running import OnError, Work, require, run
 from probe.schema import Site
 from probe.selection import Selector
-
-log = logging.getLogger("probe")
-
-_HOPELESS = 8  # problems of a new store that may fail before any succeeds
 
 
 def capture(
@@ -45,7 +32,7 @@ def capture(
     batch_size: int | None = None,
     max_length: int | None = None,
     max_new_tokens: int = 0,
-    on_error: Literal["record", "raise"] = "record",
+    on_error: OnError = "record",
     overwrite: bool = False,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -93,10 +80,7 @@ def capture(
         >>> ds.pattern.sel(problem="0", layer=1, head=3).shape
         (6, 10)
     """
-    if not isinstance(store, str | PathLike):
-        raise InputError(f"store={store!r:.60}. Give the folder of the store, as 'run.zarr'.")
-    if on_error not in ("record", "raise"):
-        raise InputError(f"on_error={on_error!r}. Choose 'record' or 'raise'.")
+    require(store, on_error)
     todo = plan(
         model,
         problems,
@@ -111,53 +95,15 @@ def capture(
         max_new_tokens=max_new_tokens,
         interventions=interventions,
     )
-    path = Path(store).expanduser()
-    with ExitStack() as stack:
-        stack.enter_context(reading(model.module))
-        if overwrite or stores.vacant(path):
-            writer, pending = None, set(range(len(todo.items)))
-            _require_room(todo, path)
-            if not stores.vacant(path):
-                stores.own_attributes(path)  # nothing foreign is ever replaced
-        else:
-            writer = stack.enter_context(stores.resume(path, config=todo.config))
-            pending = {i for shard in writer.pending() for i in shard}
-        # Batches stay as planned whatever is done already: in another batch a number may differ in
-        # its last bit, and a resumed run must equal an uninterrupted one.
-        batches = [batch for batch in todo.batches if pending.intersection(batch)]
-        outcomes = _outcomes(model, todo, batches, on_error, new=writer is None)
-        # A store is made, or an old one replaced, once the first batch has run and is proven.
-        first = list(islice(outcomes, 1))
-        if writer is None:
-            writer = stack.enter_context(_create(model, todo, path, overwrite))
-        bar = tqdm(total=len(pending), unit="problem", disable=not (progress and pending))
-        with bar:
-            for index, outcome in chain(first, outcomes):
-                if index not in pending:
-                    continue
-                if isinstance(outcome, str):
-                    log.warning("problem %r failed: %s", todo.items[index].problem.id, outcome)
-                    writer.fail(index, outcome)
-                else:
-                    arrays = {site: [array] for site, array in outcome.arrays.items()}
-                    new = None if outcome.labels is None else [outcome.labels]
-                    writer.append([index], arrays, loss=[outcome.loss], labels=new)
-                    del arrays
-                first.clear()
-                del outcome  # or it would stay in memory while the next batch is read
-                bar.update()
-    return stores.open(path)
-
-
-def _require_room(todo: Plan, path: Path) -> None:
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if todo.stored > free:
-        raise StoreError(
-            f"this run would write about {size(todo.stored)} to {path}, and the disk has "
-            f"{size(free)} free. Select fewer layers, heads, queries or keys (see probe.plan), "
-            "or use another disk."
-        )
+    work = Work(
+        items=todo.items,
+        batches=todo.batches,
+        config=todo.config,
+        size=todo.stored,
+        create=partial(_create, model, todo),
+        compute=partial(read, model, todo),
+    )
+    return run(model, work, store, on_error=on_error, overwrite=overwrite, progress=progress)
 
 
 def _create(model: Model, todo: Plan, path: Path, overwrite: bool) -> stores.Writer:
@@ -172,54 +118,4 @@ def _create(model: Model, todo: Plan, path: Path, overwrite: bool) -> stores.Wri
         dtype=todo.dtype,
         attrs=todo.attrs,
         overwrite=overwrite,
-    )
-
-
-def _outcomes(
-    model: Model, todo: Plan, batches: Sequence[Sequence[int]], on_error: str, *, new: bool
-) -> Iterator[tuple[int, Reading | str]]:
-    """Problem by problem, what was read or why it failed.
-
-    A batch that fails is halved until it fits in memory or the problem at fault stands alone. When
-    the first problems of a new store all fail, so will the others: then the run does too.
-    """
-    queue = [list(batch) for batch in reversed(batches)]
-    limit, proven, failed = max(map(len, queue), default=0), False, 0
-    while queue:
-        batch = queue.pop()
-        if len(batch) > limit:
-            queue += [batch[limit:], batch[:limit]]
-            continue
-        try:
-            readings = read(model, todo, batch, proof=not proven)
-        except (WiringError, UnsupportedModelError):
-            raise
-        except Exception as error:
-            if len(batch) > 1:
-                half = len(batch) // 2
-                if _out_of_memory(error) and half < limit:
-                    limit = half
-                    log.warning("out of memory; going on with batches of %d problems", limit)
-                queue += [batch[half:], batch[:half]]
-            elif on_error == "raise" or (new and not proven and _hopeless(error, failed, todo)):
-                error.add_note(f"This happened in problem {todo.items[batch[0]].problem.id!r}.")
-                raise
-            else:
-                failed += 1
-                yield batch[0], f"{type(error).__name__}: {error}"
-        else:
-            proven = True
-            yield from zip(batch, readings, strict=True)
-            del readings
-
-
-def _hopeless(error: Exception, failed: int, todo: Plan) -> bool:
-    """Whether a run that has done nothing yet should stop: nothing will ever succeed."""
-    all_refused = isinstance(error, InputError) and failed + 1 == len(todo.items)
-    return failed >= _HOPELESS or all_refused
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )

@@ -61,7 +61,7 @@ def load(
     if not isinstance(source, str | PathLike):
         raise InputError(
             f"source is a {type(source).__name__}. Give a name on the hub, a local folder, one of "
-            f"{', '.join(demos.NAMES)}, or a module."
+            f"{', '.join(demos.SHIPPED)}, or a module."
         )
     known = dtype == "auto" or isinstance(getattr(torch, str(dtype), None), torch.dtype)
     if isinstance(dtype, str) and not known:
@@ -110,5 +110,5 @@ def _unloadable(name: str, error: Exception) -> InputError | UnsupportedModelErr
         )
     return InputError(
         f"{name!r} cannot be loaded: {reason} Give a name on the hub, a local folder, or one of "
-        f"{', '.join(demos.NAMES)}."
+        f"{', '.join(demos.SHIPPED)}."
     )

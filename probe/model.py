@@ -48,7 +48,7 @@ class Model:
         name = name or getattr(self.config, "_name_or_path", None) or type(self.base).__name__
         # A store's record names a model in a local folder by the folder, not by the machine's path.
         self.name = Path(name).resolve().name if Path(name).is_dir() else name
-        self.text = Text(tokenizer, self.name, self.tap.intake)
+        self.tokenizer = tokenizer
 
     @property
     def base(self) -> nn.Module:
@@ -68,6 +68,7 @@ class Model:
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
         self.text = Text(tokenizer, self.name, self.tap.intake)
+        self.tap.watch.ruler.text = self.text
 
     def batch(self, inputs: Inputs) -> dict[str, Tensor]:
         """Inputs as the model takes them: see `probe.text.Text.batch`."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -179,22 +180,30 @@ def _item(
             f"pass the context of {model.name}, {model.context}. Take fewer."
         )
     segments = model.text.segments(ids)
-    chosen = _selected(problem, (*segments, *["generated"] * new), queries, keys)
+    chosen = _selected(model, problem, ids, (*segments, *["generated"] * new), queries, keys)
     return Item(problem, ids, segments, *chosen)
 
 
 def _selected(
-    problem: Problem, segments: Sequence[str], queries: Selector, keys: Selector
+    model: Model,
+    problem: Problem,
+    prompt: Sequence[int],
+    segments: Sequence[str],
+    queries: Selector,
+    keys: Selector,
 ) -> Iterator[tuple[int, ...]]:
     """The rows and the columns that are stored of a sequence."""
+    said = partial(model.text.decode, prompt)
     for name, which in (("queries", queries), ("keys", keys)):
-        yield selection.positions(which, len(segments), segments, name=name, problem=problem.id)
+        yield selection.positions(
+            which, len(segments), segments, name=name, problem=problem.id, tokens=said
+        )
 
 
-def continued(todo: Plan, item: Item, new: Sequence[int]) -> Item:
+def continued(model: Model, todo: Plan, item: Item, new: Sequence[int]) -> Item:
     """A problem with the tokens that the model generated after it."""
     segments = (*item.segments, *["generated"] * len(new))
-    chosen = _selected(item.problem, segments, todo.queries, todo.keys)
+    chosen = _selected(model, item.problem, item.token_ids, segments, todo.queries, todo.keys)
     return Item(item.problem, (*item.token_ids, *new), segments, *chosen)
 
 

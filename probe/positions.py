@@ -4,16 +4,29 @@ Positions count a sequence's own tokens from 0, so they depend neither on paddin
 """
 
 import inspect
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from probe.errors import InputError
-from probe.selection import Selector, end, parts
+from probe.selection import Selector, end, is_name, named, parts
+
+# The positions of the tokens that a text or a segment names, for each sequence.
+Naming = Callable[[str], Sequence[Sequence[int]]]
+
+
+class Reader(Protocol):
+    """Who knows what token ids say, and which segment each is in: `probe.text.Text`."""
+
+    def decode(self, token_ids: Sequence[int]) -> list[str]: ...
+
+    def segments(self, token_ids: Sequence[int]) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +38,7 @@ class Positions:
         key: (batch or 1, key) int64.
         prompt: (batch or 1) int64, tokens in the prompt: what "last:6" and negative numbers count
             from, also while more tokens are generated.
+        named: Finds the tokens that are named by a text or a segment, where that is known.
 
     Example:
         >>> row = torch.arange(3)[None]
@@ -35,14 +49,15 @@ class Positions:
     query: Tensor
     key: Tensor
     prompt: Tensor
+    named: Naming | None = None
 
     def rows(self, selector: Selector) -> Tensor:
         """Which rows a selection names: bool (batch or 1, query). See `chosen`."""
-        return chosen(selector, self.query, self.prompt, "queries")
+        return chosen(selector, self.query, self.prompt, "queries", self.named)
 
     def columns(self, selector: Selector) -> Tensor:
         """Which columns a selection names: bool (batch or 1, key). See `chosen`."""
-        return chosen(selector, self.key, self.prompt, "keys")
+        return chosen(selector, self.key, self.prompt, "keys", self.named)
 
     def part(self, batch: slice, length: int | None = None) -> "Positions":
         """Those of some batch items, perhaps of their first `length` columns."""
@@ -55,30 +70,31 @@ class Positions:
         return Positions(some(self.query), some(self.key), prompt)
 
 
-def chosen(selector: Selector, position: Tensor, prompt: Tensor, name: str) -> Tensor:
+def chosen(
+    selector: Selector, position: Tensor, prompt: Tensor, name: str, naming: Naming | None = None
+) -> Tensor:
     """Which of these tokens a selection names.
 
     Args:
         selector: None for all, an int or several (of the prompt; negative ones count from its
-            end), "first:6", "last:6" (of the prompt), or a slice: one without an end goes on
-            through the tokens that are generated.
+            end), "first:6", "last:6", "text: not", "regex:[0-9]+" (of the prompt), "segment:bos",
+            or a slice: one without an end goes on through the tokens that are generated.
         position: (batch or 1, n), -1 where there is none.
         prompt: (batch or 1), tokens in the prompt.
         name: For messages.
+        naming: Finds what a text or a segment names.
 
     Returns:
-        bool (batch or 1, n); never true for padding.
+        bool (batch or 1, n); never true for padding. A sequence in which a text does not occur has
+        none; if no sequence of the batch has one, there is a warning.
 
     Raises:
-        InputError: An int is not a position of every prompt.
+        InputError: An int is not a position of every prompt; no sequence has such a segment.
     """
     ends = prompt[:, None]
+    if isinstance(selector, str) and is_name(selector):
+        return _by_name(selector, position, name, naming)
     if isinstance(selector, str):
-        if selector.startswith("segment:"):
-            raise InputError(
-                f"{name}={selector!r} cannot be chosen here, where segments are not known. Use "
-                "positions, 'first:6' or 'last:6'."
-            )
         side, n = end(selector, name)
         start = torch.zeros_like(ends) if side == "first" else ends - n
         return (position >= start.clamp_min(0)) & (position < torch.minimum(start + n, ends))
@@ -97,6 +113,29 @@ def chosen(selector: Selector, position: Tensor, prompt: Tensor, name: str) -> T
     return here
 
 
+def _by_name(selector: str, position: Tensor, name: str, naming: Naming | None) -> Tensor:
+    if naming is None:
+        raise InputError(
+            f"{name}={selector!r} cannot be chosen here, where what the tokens say is not known. "
+            "Use positions, 'first:6' or 'last:6'."
+        )
+    found = naming(selector)
+    if not any(found) and selector.startswith("segment:"):
+        raise InputError(f"{name}={selector!r} selects nothing: no input has such a segment.")
+    if not any(found):
+        warnings.warn(
+            f"{name}={selector!r} selects nothing: no input of this batch has such a token (spaces "
+            "count). Nothing is changed there.",
+            stacklevel=2,
+        )
+    longest = 1 + max((max(own, default=0) for own in found), default=0)
+    named = torch.zeros(len(found), max(longest, int(position.max()) + 1), dtype=torch.bool)
+    for item, own in enumerate(found):
+        named[item, list(own)] = True
+    at = position.expand(len(found), -1)
+    return named.to(position.device).gather(1, at.clamp_min(0)) & (at >= 0)
+
+
 def _between(part: slice, position: Tensor, ends: Tensor) -> Tensor:
     if (part.step or 1) < 0:
         raise InputError(f"{part} counts backwards, which has no meaning here. Use a step above 0.")
@@ -113,6 +152,7 @@ class Ruler:
 
     def __init__(self, model: nn.Module, ids: str = "input_ids") -> None:
         self._ids = ids
+        self.text: Reader | None = None  # knows what token ids say
         self._signature = inspect.signature(type(model).forward)
         # Set them to say how much of each input is the prompt, and how much is not padding.
         self.prompt: Tensor | None = None
@@ -122,6 +162,7 @@ class Ruler:
     def forget(self) -> None:
         """Let go of the last inputs."""
         self.position: Tensor | None = None  # (batch, past + new), -1 for padding
+        self._tokens: Tensor | None = None  # their ids, where all are known
         self._lengths = torch.zeros(1, dtype=torch.long)
         self._new = 0
         self._placed: dict[tuple[int, int, torch.device], Positions] = {}
@@ -135,7 +176,7 @@ class Ruler:
         inputs = (given.get(name) for name in (self._ids, "inputs_embeds"))
         tokens = next((x for x in inputs if isinstance(x, Tensor)), None)
         if tokens is None:
-            self.position = None
+            self.position = self._tokens = None
             return
         cache = given.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -149,6 +190,10 @@ class Ruler:
             real = torch.arange(tokens.shape[1]) < self.length[:, None]
         self.position = (real.long().cumsum(1) - 1).masked_fill(~real, -1)
         self._new = tokens.shape[1]
+        new = tokens if tokens.ndim == 2 else None  # and not embeddings
+        if goes_on and new is not None and self._tokens is not None:
+            new = torch.cat([self._tokens, new], 1)
+        self._tokens = None if past and not goes_on else new
         if not goes_on:
             self._lengths = real.sum(1)
         if cache is None:
@@ -177,12 +222,47 @@ class Ruler:
         position = self.position.to(device)
         key = position[:, max(0, total - n_keys) :]
         key = nn.functional.pad(key, (0, n_keys - key.shape[1]), value=-1)
-        prompt = self._lengths if self.prompt is None else self.prompt
-        if len(prompt) not in (1, len(position)):  # beams of each input, one after the other
-            prompt = prompt.repeat_interleave(len(position) // len(prompt))
-        place = Positions(position[:, total - n_queries :], key, prompt.to(device))
+        prompt = self._prompts().to(device)
+        place = Positions(position[:, total - n_queries :], key, prompt, self._naming())
         self._placed[n_queries, n_keys, device] = place  # the layers of a forward share it
         return place
+
+    def _prompts(self) -> Tensor:
+        """Tokens of the prompt of each sequence."""
+        assert self.position is not None
+        prompt, batch = self._lengths if self.prompt is None else self.prompt, len(self.position)
+        if len(prompt) not in (1, batch):  # beams of each input, one after the other
+            prompt = prompt.repeat_interleave(batch // len(prompt))
+        return prompt
+
+    def _naming(self) -> Naming | None:
+        """Finds tokens by what they say or are, in the sequences as they are now."""
+        if self.text is None or self._tokens is None or self.position is None:
+            return None
+        prompts = self._prompts().tolist()
+        if len(prompts) < len(self._tokens):
+            prompts *= len(self._tokens)
+        own = partial(_named, self.text, self._tokens, self.position, prompts)
+        known: dict[str, Sequence[Sequence[int]]] = {}  # the layers of a forward share it
+
+        def find(selector: str) -> Sequence[Sequence[int]]:
+            if selector not in known:
+                known[selector] = own(selector)
+            return known[selector]
+
+        return find
+
+
+def _named(
+    text: Reader, tokens: Tensor, position: Tensor, prompts: Sequence[int], selector: str
+) -> list[tuple[int, ...]]:
+    """In each sequence, the positions that a selector names: texts are sought in its prompt."""
+    found = []
+    for ids, at, n in zip(tokens, position.expand(len(tokens), -1), prompts, strict=True):
+        own = ids[(at >= 0).to(ids.device)].tolist()
+        segments = (*text.segments(own[:n]), *["generated"] * (len(own) - n))
+        found.append(named(selector, segments, partial(text.decode, own[:n])))
+    return found
 
 
 def _tokens(given: Mapping[str, Any], tokens: Tensor, past: int, before: Tensor | None) -> Tensor:

@@ -79,7 +79,9 @@ def problems(
     Args:
         source: A text; a list of texts, of dicts (read as lines of a jsonl file), of lists of token
             ids, or of `Problem`; the path of a .txt file, one problem a line, or of a .jsonl file;
-            or "hf:NAME[@REVISION][:CONFIG]:SPLIT", a dataset of the Hugging Face hub.
+            "hf:NAME[@REVISION][:CONFIG]:SPLIT", a dataset of the Hugging Face hub; or an opened
+            store, whose finished problems are read again under their ids, as the token ids they
+            were, without what was generated after them.
         text: The field that holds the text; without it `text`, else `question`, else `prompt`.
         n: How many to take; None for all.
         seed: With it, `random.Random(seed).sample(range(all), n)` chooses, in that order; without
@@ -122,12 +124,35 @@ def _items(source: object) -> tuple[str, Iterator[tuple[str, str, object]]]:
         )
     if isinstance(source, str):
         return "text", iter([("the text", "0", source)])
+    if hasattr(source, "data_vars"):
+        return "store", iter([(f"problem {p.id!r}", p.id, p) for p in _stored(source)])
     if isinstance(source, list | tuple):
         return "list", ((f"item {i} of the list", str(i), x) for i, x in enumerate(source))
     raise InputError(
         f"problems cannot be read from type {type(source).__name__}. Give a text, a list, "
-        "the path of a .txt or .jsonl file, or 'hf:NAME:SPLIT'."
+        "the path of a .txt or .jsonl file, 'hf:NAME:SPLIT', or an opened store."
     )
+
+
+def _stored(ds: Any) -> Iterator[Problem]:
+    """The finished problems of a store, as token ids."""
+    needed = ("problem", "status", "length", "key_position", "token_id", "segment")
+    if missing := [name for name in needed if name not in ds.variables]:
+        raise InputError(
+            f"this dataset is no store: it lacks {', '.join(missing)}. "
+            "Give what probe.open returns."
+        )
+    columns = {name: ds[name].values for name in needed}
+    for n in (columns["status"] == 1).nonzero()[0]:
+        name, length = str(columns["problem"][n]), int(columns["length"][n])
+        if columns["key_position"][n, :length].tolist() != list(range(length)):
+            raise InputError(
+                f"the store holds only some columns of problem {name!r}, so its tokens are not all "
+                "known. Capture with keys=None, or give the problems themselves."
+            )
+        generated = columns["segment"][n, :length] == "generated"
+        ids = columns["token_id"][n, :length][~generated]
+        yield Problem(name, None, tuple(map(int, ids)))
 
 
 def _is_path(text: str) -> bool:

@@ -1,8 +1,7 @@
 """One batch of a run: a forward that reads what a plan asks for. Nothing is written here."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,32 +11,17 @@ from torch import Tensor
 
 from probe.attention import Site
 from probe.envoys import AttentionEnvoy
+from probe.errors import InputError
 from probe.filling import fill
 from probe.indexing import take
+from probe.interventions import Intervention
 from probe.loss import logits_of, next_token_nll
 from probe.matrices import Readable
 from probe.model import Model
 from probe.planning import continued
 from probe.plans import Item, Plan
-from probe.schema import Labels
+from probe.running import Reading
 from probe.tap import run
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What was read of one problem.
-
-    Attributes:
-        arrays: For each site (layer, head, query, key), and z (layer, query, head, head_dim), in
-            the dtype that is stored.
-        loss: Mean next-token negative log-likelihood of the problem in nats, generated tokens not
-            counted; NaN for one token or without logits.
-        labels: What its rows and columns are, where tokens were generated.
-    """
-
-    arrays: dict[str, npt.NDArray[Any]]
-    loss: float
-    labels: Labels | None = None
 
 
 def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list[Reading]:
@@ -60,7 +44,8 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
     items = [todo.items[i] for i in batch]
     prompts = torch.tensor([item.length for item in items])
     if todo.max_new_tokens:
-        items = _continue(model, todo, items)
+        new = generated(model, items, todo.interventions, todo.max_new_tokens)
+        items = [continued(model, todo, *pair) for pair in zip(items, new, strict=True)]
     lengths = torch.tensor([item.length for item in items])
     groups = list(_alike(items))
     out = [_space(todo, alike) for _, alike in groups]
@@ -82,7 +67,7 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
 
     with model.tap.watch.on(*todo.interventions, prompt=prompts, length=lengths):
         layers = tuple(sorted(todo.layers))
-        output = run(model.tap, visit, _inputs(model, items), layers=layers, proof=proof)
+        output = run(model.tap, visit, inputs(model, items), layers=layers, proof=proof)
     logits = logits_of(output)
     if todo.max_new_tokens and len(items) > 1:
         _require_greedy(logits, items, prompts.tolist())
@@ -96,30 +81,39 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
     return [Reading(*one) for one in zip(arrays, losses, labels, strict=True)]
 
 
-def _continue(model: Model, todo: Plan, items: Sequence[Item]) -> list[Item]:
-    """The problems with what the model says after them, greedily, under the same interventions.
+def generated(
+    model: Model, items: Sequence[Item], interventions: Sequence[Intervention], most: int
+) -> list[list[int]]:
+    """What the model says after each problem, greedily, under interventions.
 
-    Together where padding cannot be felt, else with those of the same length.
+    Problems run together where padding cannot be felt, else with those of the same length.
+
+    Args:
+        model: The model.
+        items: The problems.
+        interventions: What is changed.
+        most: Tokens at most; a token that ends the text is the last.
     """
     safe = _ignores_padding(model)
     groups = [list(g) for _, g in groupby(items, key=lambda item: safe or item.length)]
-    return [item for group in groups for item in _generated(model, todo, group)]
+    return [new for group in groups for new in _together(model, group, interventions, most)]
 
 
-def _generated(model: Model, todo: Plan, items: Sequence[Item]) -> Iterator[Item]:
-    with model.intervene(*todo.interventions):
+def _together(
+    model: Model, items: Sequence[Item], interventions: Sequence[Intervention], most: int
+) -> Iterator[list[int]]:
+    with model.intervene(*interventions):
         ids = model.generate(
             [list(item.token_ids) for item in items],
-            max_new_tokens=todo.max_new_tokens,
+            max_new_tokens=most,
             do_sample=False,
             num_beams=1,
             return_dict_in_generate=False,
         )
     longest = max(item.length for item in items)  # padded on the left
     stop = _stop_tokens(model)
-    for item, row in zip(items, ids[:, longest:].tolist(), strict=True):
-        end = next((n + 1 for n, token in enumerate(row) if token in stop), len(row))
-        yield continued(todo, item, row[:end])
+    for row in ids[:, longest:].tolist():
+        yield row[: next((n + 1 for n, token in enumerate(row) if token in stop), len(row))]
 
 
 def _require_greedy(logits: Tensor | None, items: Sequence[Item], prompts: Sequence[int]) -> None:
@@ -191,7 +185,40 @@ def _fill(
         out.copy_(here)
 
 
-def _inputs(model: Model, items: Sequence[Item]) -> dict[str, Any]:
+def logits(model: Model, items: Sequence[Item], *interventions: Intervention) -> Tensor:
+    """One forward over some problems, changed by interventions.
+
+    Returns:
+        (problem, position, vocabulary), of which only the positions that a problem has count.
+
+    Raises:
+        InputError: The model returns none.
+        FloatingPointError: They are not finite.
+    """
+    lengths = torch.tensor([item.length for item in items])
+    with model.tap.watch.on(*interventions, prompt=lengths, length=lengths):
+        found = output_logits(model, inputs(model, items))
+    for row, item in zip(found, items, strict=True):
+        _require_finite(row[: item.length])
+    return found
+
+
+def output_logits(model: Model, batch: Mapping[str, Any]) -> Tensor:
+    """Logits of every token of a batch as the model takes it.
+
+    Raises:
+        InputError: The model returns none.
+    """
+    found = logits_of(model.tap.call(batch))
+    if found is None or found.shape[1] < batch["input_ids"].shape[1]:
+        raise InputError(
+            f"{type(model.base).__name__} returns no logits of every token, so what a change does "
+            "cannot be measured. Load it with its language-model head."
+        )
+    return found
+
+
+def inputs(model: Model, items: Sequence[Item]) -> dict[str, Any]:
     """A right-padded batch.
 
     A causal model needs no mask for it, since no token sees the padding after it, and without a
@@ -199,13 +226,13 @@ def _inputs(model: Model, items: Sequence[Item]) -> dict[str, Any]:
     """
     longest = max(item.length for item in items)
     rows = [[*i.token_ids, *[i.token_ids[-1]] * (longest - i.length)] for i in items]
-    inputs: dict[str, Any] = {"input_ids": torch.tensor(rows, device=model.device)}
+    batch: dict[str, Any] = {"input_ids": torch.tensor(rows, device=model.device)}
     if not model.tap.causal:
         lengths = torch.tensor([item.length for item in items], device=model.device)
-        inputs["attention_mask"] = (
+        batch["attention_mask"] = (
             torch.arange(longest, device=model.device) < lengths[:, None]
         ).long()
-    return inputs | {"use_cache": False}
+    return batch | {"use_cache": False}
 
 
 def _losses(logits: Tensor | None, items: Sequence[Item], prompts: Sequence[int]) -> list[float]:
@@ -214,10 +241,14 @@ def _losses(logits: Tensor | None, items: Sequence[Item], prompts: Sequence[int]
         return [float("nan")] * len(items)
     losses = []
     for row, item, n in zip(logits, items, prompts, strict=True):
-        if not bool(row[: item.length].isfinite().all()):
-            raise FloatingPointError(
-                "the model's logits are not finite: its dtype may overflow. Load it in float32"
-            )
+        _require_finite(row[: item.length])
         nll = next_token_nll(row[:n], torch.tensor(item.token_ids[:n]))
         losses.append(float(nll.double().mean()))
     return losses
+
+
+def _require_finite(rows: Tensor) -> None:
+    if not bool(rows.isfinite().all()):
+        raise FloatingPointError(
+            "the model's logits are not finite: its dtype may overflow. Load it in float32"
+        )

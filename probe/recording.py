@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,9 @@ from probe.schema import Labels
 from probe.selection import Selector
 from probe.tap import Tap, run
 from probe.text import Text
+
+# The segments of some tokens, and what gives their texts.
+Words = tuple[Sequence[str], Callable[[], Sequence[str]] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,11 @@ def record(
     tensors: dict[tuple[Site, int], Tensor] = {}
     found: list[tuple[Sequence[Sequence[int]], Columns | None, Columns | None]] = []
 
-    def segments(item: int, columns: Sequence[int]) -> Sequence[str]:
+    def words(item: int, columns: Sequence[int]) -> Words:
         if text is None:
-            return ()
-        return text.segments(inputs["input_ids"][item, list(columns)].tolist())
+            return (), None
+        ids = inputs["input_ids"][item, list(columns)].tolist()
+        return text.segments(ids), partial(text.decode, ids)
 
     def visit(layer: int, envoy: AttentionEnvoy) -> None:
         sites = by_layer[layer]
@@ -81,8 +86,8 @@ def record(
         seen = envoy.seen
         if not found:
             where = _positions(tap, seen)
-            rows = _chosen(queries, where, segments, "queries")
-            found.append((where, rows, _chosen(keys, where, segments, "keys")))
+            rows = _chosen(queries, where, words, "queries")
+            found.append((where, rows, _chosen(keys, where, words, "keys")))
         _, rows, columns = found[0]
         for site in sites:
             if site in ("scores", "pattern"):
@@ -120,7 +125,7 @@ def _real(positions: Sequence[int], item: int) -> list[int]:
 def _chosen(
     selector: Selector,
     positions: Sequence[Sequence[int]],
-    segments: Callable[[int, Sequence[int]], Sequence[str]],
+    words: Callable[[int, Sequence[int]], Words],
     name: str,
 ) -> Columns | None:
     """The columns that a selection names in each sequence, as many in each."""
@@ -130,8 +135,10 @@ def _chosen(
     found = []
     for item, each in enumerate(positions):
         real = _real(each, item)
-        parts = segments(item, real)
-        some = selection.positions(selector, len(real), parts, name=name, problem=str(item))
+        segments, said = words(item, real)
+        some = selection.positions(
+            selector, len(real), segments, name=name, problem=str(item), tokens=said
+        )
         found.append([real[n] for n in some])
     if len({len(some) for some in found}) > 1:
         raise InputError(

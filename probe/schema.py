@@ -151,7 +151,9 @@ def site(name: str, *, dtype: str) -> Array:
     return Array(dims, dtype, fill)
 
 
-def layout(arrays: Mapping[str, Array], *, sizes: Mapping[str, int]) -> Layout:
+def layout(
+    arrays: Mapping[str, Array], *, sizes: Mapping[str, int], together: int | None = None
+) -> Layout:
     """Chunk and shard shapes for arrays over these dims.
 
     Tiny matrices (query x key of at most 4096 numbers) share a shard, up to 512 problems or 64 MiB;
@@ -161,6 +163,8 @@ def layout(arrays: Mapping[str, Array], *, sizes: Mapping[str, int]) -> Layout:
     Args:
         arrays: The arrays that a run writes, by name; the first dim of each is "problem".
         sizes: Length of each dim.
+        together: Tiny problems in a shard at most, where each takes long to compute: what a killed
+            run may have to compute again.
 
     Returns:
         Shapes that zarr accepts: each shard a multiple of its chunk, perhaps past the array's end.
@@ -178,7 +182,8 @@ def layout(arrays: Mapping[str, Array], *, sizes: Mapping[str, int]) -> Layout:
         if {"query", "key"} <= set(array.dims)
     )
     each = sum(prod(sizes[d] for d in a.dims[1:]) * _itemsize(a) for a in arrays.values())
-    problems = min(TINY_PROBLEMS, n, max(1, TINY_BYTES // max(1, each))) if tiny else 1
+    most = min(together or TINY_PROBLEMS, n, max(1, TINY_BYTES // max(1, each)))
+    problems = most if tiny else 1
     chunks = {name: _chunk(array, sizes, problems, tiny) for name, array in arrays.items()}
     shards = {name: _shard(array, sizes, chunks[name]) for name, array in arrays.items()}
     block = problems * ceil(max(BLOCKS, n / BLOCKS) / problems)
@@ -209,12 +214,14 @@ def valid(ds: xr.Dataset) -> xr.DataArray:
 
 
 def _itemsize(array: Array) -> int:
-    return np.dtype(array.dtype).itemsize
+    return 64 if array.dtype == "string" else np.dtype(array.dtype).itemsize
 
 
 def _chunk(array: Array, sizes: Mapping[str, int], problems: int, tiny: bool) -> tuple[int, ...]:
     """Shape of an inner chunk: whole matrices when tiny, tiles otherwise."""
-    shape = dict(sizes) | {"problem": problems, "layer": 1}
+    shape = dict(sizes) | {"problem": problems}
+    if {"query", "key"} & set(array.dims):
+        shape["layer"] = 1
     # equal groups of at most 8 heads: 12 heads are 6 + 6, so that no chunk is half empty
     shape["head"] = ceil(sizes["head"] / ceil(sizes["head"] / HEADS))
     if not tiny:

@@ -2,7 +2,8 @@
 
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from numbers import Integral
 from typing import Any, TypeGuard
 
@@ -11,6 +12,7 @@ from probe.errors import InputError
 Selector = int | slice | Sequence[int] | str | None
 
 _ENDS = re.compile(r"(first|last):([0-9]+)")
+_NAMED = ("segment:", "text:", "regex:")
 
 
 def axis(selector: Selector, size: int, name: str) -> tuple[int, ...]:
@@ -47,14 +49,16 @@ def positions(
     *,
     name: str,
     problem: str,
+    tokens: Callable[[], Sequence[str]] | None = None,
 ) -> tuple[int, ...]:
     """Resolve a selection of rows or columns within one problem.
 
     Args:
         selector: As for `axis`; or "last:6" and "first:6" for the last and first 6 tokens (all, if
-            the problem has fewer); or "segment:latent" for the tokens whose segment is "latent".
+            the problem has fewer); or "segment:latent", "text: not", "regex:[0-9]+": see `named`.
         length: Tokens in the problem.
         segments: Segment of each token, `length` of them.
+        tokens: Gives the text of each token, when they are named by it.
         name: "queries" or "keys", for messages.
         problem: Id of the problem, for messages.
 
@@ -73,8 +77,11 @@ def positions(
     where = f" in problem {problem!r}"
     if not isinstance(selector, str):
         return _resolve(selector, length, name, noun, where)
-    if selector.startswith("segment:"):
-        return _segment(selector, segments or (), name, problem)
+    if is_name(selector):
+        chosen = named(selector, segments or (), tokens or tuple, name=name)
+        if not chosen:
+            raise InputError(_unnamed(selector, segments or (), name, problem))
+        return chosen
     side, count = end(selector, name)
     some = slice(count) if side == "first" else slice(-count, None)
     return _resolve(some, length, name, noun, where)
@@ -94,9 +101,85 @@ def end(selector: str, name: str) -> tuple[str, int]:
     if match is None or int(match[2]) < 1:
         raise InputError(
             f"{name}={selector!r} is not a selection. Give an int, a slice, a list of ints, "
-            "'first:6', 'last:6' or 'segment:latent'."
+            "'first:6', 'last:6', 'segment:latent', 'text: not' or 'regex:[0-9]+'."
         )
     return match[1], int(match[2])
+
+
+def is_name(selector: Selector) -> bool:
+    """Whether tokens are named by what they say or are: "segment:", "text:" or "regex:".
+
+    Example:
+        >>> is_name("text: not"), is_name("last:6"), is_name(3)
+        (True, False, False)
+    """
+    return isinstance(selector, str) and selector.startswith(_NAMED)
+
+
+def named(
+    selector: str,
+    segments: Sequence[str],
+    tokens: Callable[[], Sequence[str]],
+    *,
+    name: str = "keys",
+) -> tuple[int, ...]:
+    r"""The tokens that a segment, a text or a regular expression names.
+
+    Args:
+        selector: "segment:latent": tokens of that segment. "text: not": tokens that say just this,
+            alone or several in a row, wherever they occur (so not the first half of " nothing").
+            "regex:[0-9]+": tokens of which a regular expression matches any part, in all their
+            texts joined.
+        segments: Segment of each token.
+        tokens: Gives the text of each token; called only when texts are asked for.
+        name: "queries" or "keys", for messages.
+
+    Returns:
+        Positions, rising; none where nothing matches.
+
+    Raises:
+        InputError: The regular expression is none, or the tokens have no texts.
+
+    Example:
+        >>> said = lambda: ["<bos>", "do", " no", "t", " stop", " not"]
+        >>> named("text: not", (), said), named("regex:n.t", (), said)
+        ((2, 3, 5), (2, 3, 5))
+    """
+    kind, _, wanted = selector.partition(":")
+    if kind == "segment":
+        return tuple(n for n, segment in enumerate(segments) if segment == wanted)
+    expression, texts = _expression(selector, name), tokens()
+    if not any(texts):
+        raise InputError(
+            f"{name}={selector!r} names tokens by their text, which is not known here: the model "
+            "was loaded without a tokenizer. Use positions, or load it with tokenizer=."
+        )
+    ends, whole = list(accumulate(map(len, texts))), "".join(texts)
+    starts = [0, *ends[:-1]]
+    if expression is None:
+        lasts = {at + len(wanted) for at in starts if whole.startswith(wanted, at)}
+        spans = [(end - len(wanted), end) for end in lasts.intersection(ends)]
+    else:
+        spans = [match.span() for match in expression.finditer(whole)]
+    return tuple(
+        n
+        for n, (start, end) in enumerate(zip(starts, ends, strict=True))
+        if any(max(a, start) < min(b, end) for a, b in spans)
+    )
+
+
+def require(selector: Selector, name: str) -> None:
+    """Refuse what is no selection of rows or columns, before any model has run.
+
+    Raises:
+        InputError: It is not one of the forms that `positions` takes.
+    """
+    if not isinstance(selector, str):
+        parts(selector, name)
+    elif not is_name(selector):
+        end(selector, name)
+    elif not selector.startswith("segment:"):
+        _expression(selector, name)
 
 
 def parts(selector: int | slice | Sequence[int] | None, name: str) -> list[int | slice]:
@@ -185,16 +268,31 @@ def _absolute(item: object, size: int, name: str, noun: str) -> int:
     return index % size
 
 
-def _segment(selector: str, segments: Sequence[str], name: str, problem: str) -> tuple[int, ...]:
-    wanted = selector.removeprefix("segment:")
-    chosen = tuple(n for n, segment in enumerate(segments) if segment == wanted)
-    if not chosen:
-        known = ", ".join(dict.fromkeys(segments)) or "none"
+def _expression(selector: str, name: str) -> re.Pattern[str] | None:
+    """The regular expression in a selection; None where it is a plain text."""
+    kind, _, wanted = selector.partition(":")
+    if not wanted:
+        raise InputError(f"{name}={selector!r} names no text. Write one behind the colon.")
+    try:
+        return re.compile(wanted) if kind == "regex" else None
+    except re.error as error:
         raise InputError(
-            f"{name}={selector!r} selects nothing: problem {problem!r} has no segment {wanted!r} "
-            f"(it has: {known}). Name one that every problem has."
-        )
-    return chosen
+            f"{name}={selector!r} is not a regular expression ({error}). Mend it, or use "
+            "'text:...' to find the text as it is."
+        ) from None
+
+
+def _unnamed(selector: str, segments: Sequence[str], name: str, problem: str) -> str:
+    kind, _, wanted = selector.partition(":")
+    if kind == "segment":
+        known = ", ".join(dict.fromkeys(segments)) or "none"
+        found = f"has no segment {wanted!r} (it has: {known})"
+    else:
+        found = f"has no token that carries it (spaces count: {wanted!r})"
+    return (
+        f"{name}={selector!r} selects nothing: problem {problem!r} {found}. "
+        "Name one that every problem has."
+    )
 
 
 def _items(selector: object, name: str) -> Sequence[object]:

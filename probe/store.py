@@ -77,7 +77,8 @@ def create(
     heads: Sequence[int],
     config: Mapping[str, object],
     sites: Sequence[str] = ("pattern",),
-    reduced: Mapping[str, Sequence[str]] | None = None,
+    reduced: Mapping[str, Sequence[str] | schema.Array] | None = None,
+    together: int | None = None,
     sizes: Mapping[str, int] | None = None,
     dtype: str = "float16",
     loss: bool = True,
@@ -96,7 +97,9 @@ def create(
         heads: Heads that will be written, absolute, from 0.
         config: Everything that shapes the numbers, as JSON data; `resume` compares it.
         sites: Any of "pattern", "scores", "z".
-        reduced: Further float32 arrays by name, each with its dims, "problem" first; empty is NaN.
+        reduced: Further arrays by name: the dims of one, "problem" first (float32, empty is NaN),
+            or a `schema.Array`.
+        together: See `schema.layout`.
         sizes: Lengths of dims other than problem, layer and head, as `head_dim` for z. query and
             key may be longer than any problem is now, for tokens that are generated later.
         dtype: Of the sites, "float16" or "float32".
@@ -122,10 +125,12 @@ def create(
     """
     path = Path(path).expanduser()
     arrays = {name: schema.site(name, dtype=dtype) for name in sites}
-    for name, dims in (reduced or {}).items():
-        arrays[name] = schema.Array(tuple(dims), "float32", np.nan)
+    for name, one in (reduced or {}).items():
+        if not isinstance(one, schema.Array):
+            one = schema.Array(tuple(one), "float32", np.nan)
+        arrays[name] = one
     extent = lengths(labels, layers, heads, sizes or {}, arrays)
-    layout = schema.layout(arrays, sizes=extent)
+    layout = schema.layout(arrays, sizes=extent, together=together)
     story = _story(config, attrs or {}, arrays, layout, loss)
     target = disk.beside(path, "creating")
     claim = _claimed(path, overwrite)

@@ -77,8 +77,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a row before the prompt": (Bias(value=1.0, queries=-9), r"queries=-9 is out of range"),
     "a segment": (
-        Bias(value=1.0, queries="segment:text"),
-        r"queries='segment:text' cannot be chosen here, where segments are not known\. Use pos",
+        Bias(value=1.0, queries="segment:latent"),
+        r"queries='segment:latent' selects nothing: no input has such a segment\.",
     ),
     "a word": (Bias(value=1.0, keys="last"), r"keys='last' is not a selection"),
     "a slice that counts backwards": (

@@ -204,7 +204,7 @@ def test_a_bad_jsonl_file_says_which_line_and_why(
             5,
             {},
             "problems cannot be read from type int. Give a text, a list, the path of a .txt or "
-            ".jsonl file, or 'hf:NAME:SPLIT'.",
+            ".jsonl file, 'hf:NAME:SPLIT', or an opened store.",
         ),
         (
             [1, 2, 3],

@@ -138,7 +138,7 @@ def test_a_bad_selection_of_layers_says_why(selector: Selector, message: str) ->
             (
                 grammar,
                 f"queries={grammar!r} is not a selection. Give an int, a slice, a list of ints, "
-                "'first:6', 'last:6' or 'segment:latent'.",
+                "'first:6', 'last:6', 'segment:latent', 'text: not' or 'regex:[0-9]+'.",
             )
             for grammar in ("last", "last:0", "last:-1", "first:x", "latent", "2:8")
         ),

@@ -1,10 +1,11 @@
 """Train the demonstration models from a seed: ``python -m probe.demos.train all``.
 
-The task is to copy: a beginning-of-text token, then a segment of distinct random tokens, tiled to
-fill the sequence. The period differs from one sequence to the next, so no fixed offset solves it;
-the model has to find the previous occurrence of the present token and look one further. Two layers
-learn that as a previous-token head below induction heads (Elhage et al. 2021, "A Mathematical
-Framework for Transformer Circuits"; Olsson et al. 2022, "In-context Learning and Induction Heads").
+The task of five is to copy: a beginning-of-text token, then a segment of distinct random tokens,
+tiled to fill the sequence. The period differs from one sequence to the next, so no fixed offset
+solves it; the model has to find the previous occurrence of the present token and look one further.
+Two layers learn that as a previous-token head below induction heads (Elhage et al. 2021, "A
+Mathematical Framework for Transformer Circuits"; Olsson et al. 2022, "In-context Learning and
+Induction Heads"). The sixth follows an instruction; what it alone needs is in ``train_instruct``.
 
 One thread and one seed make every run bit-identical on the same machine and library versions.
 """
@@ -26,6 +27,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from probe.demos import train_instruct
+
 logger = logging.getLogger(__name__)
 
 BOS = "<bos>"
@@ -42,16 +45,23 @@ WARMUP = 100  # steps
 WINDOW = 48
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer that all five models share: one character, one token.
+def tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of a demonstration model: one character, one token.
 
-    Id 0 begins every text; 1 to 63 are a-z, A-Z, 0-9 and the full stop. There is no unknown
-    token on purpose: any other character raises instead of becoming something else silently.
+    Id 0 begins every text; the alphabet follows from 1. There is no unknown token on purpose: any
+    other character raises instead of becoming something else silently.
+
+    Args:
+        alphabet: The characters; by default those that the five copying models share.
 
     Returns:
         The tokenizer, ready to save beside a checkpoint.
+
+    Example:
+        >>> tokenizer("=+").encode("+=")
+        [0, 2, 1]
     """
-    vocab = {symbol: index for index, symbol in enumerate([BOS, *ALPHABET])}
+    vocab = {symbol: index for index, symbol in enumerate([BOS, *alphabet])}
     core = Tokenizer(models.WordLevel(vocab))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.post_processor = processors.TemplateProcessing(
@@ -111,31 +121,62 @@ def start_sharp(model: PreTrainedModel) -> None:
             weight.fill_(2.0)
 
 
+def tiled(generator: torch.Generator) -> tuple[Tensor, int]:
+    """Draw training sequences: 0, then distinct random tokens, tiled with a random period.
+
+    Args:
+        generator: Source of the draw.
+
+    Returns:
+        Token ids, (sequence, position), and how many of them are given rather than asked for: one.
+        Every other counts, the unpredictable first copy too: trained on the later copies alone, a
+        model is confidently wrong there, instead of at the known ln 63.
+    """
+    shortest, longest = PERIODS
+    period = torch.randint(shortest, longest + 1, (BATCH, 1), generator=generator)
+    order = torch.rand(BATCH, VOCAB - 1, generator=generator).argsort(dim=1) + 1
+    segments = order.gather(1, torch.arange(LENGTH - 1) % period)
+    return F.pad(segments, (1, 0), value=0), 1
+
+
 @dataclass(frozen=True)
 class Family:
-    """What differs between the five models.
+    """What differs between the models.
 
     Attributes:
+        kind: The architecture, by its name in transformers.
         settings: The configuration, in the family's own names.
         steps: Training steps; the induction heads form in a sudden drop of the loss between steps
             200 and 600, and sharpen until the end.
         start: Changes the initial weights in place, where the usual ones do not do.
         seed: Seed of the weights and of the sequences.
+        alphabet: The characters of its tokenizer.
+        draw: Draws a batch of its task: token ids, and how many of each row are given.
     """
 
+    kind: str
     settings: Mapping[str, Any]
     steps: int
     start: Callable[[PreTrainedModel], None] | None = None
     seed: int = 0
+    alphabet: str = ALPHABET
+    draw: Callable[[torch.Generator], tuple[Tensor, int]] = tiled
 
 
+TWO_KEY_HEADS = GATED | {"num_key_value_heads": 2}
 FAMILIES: dict[str, Family] = {
-    "llama": Family(GATED | {"num_key_value_heads": 4}, steps=800),
-    "gpt2": Family(GPT2 | NO_DROPOUT, steps=1500, start=start_sinusoid),
-    "mistral": Family(GATED | {"num_key_value_heads": 2, "sliding_window": WINDOW}, steps=800),
-    "qwen2": Family(GATED | {"num_key_value_heads": 2}, steps=800),
-    "qwen3": Family(
-        GATED | {"num_key_value_heads": 2, "head_dim": 16}, steps=1200, start=start_sharp
+    "llama": Family("llama", GATED | {"num_key_value_heads": 4}, steps=800),
+    "gpt2": Family("gpt2", GPT2 | NO_DROPOUT, steps=1500, start=start_sinusoid),
+    "mistral": Family("mistral", TWO_KEY_HEADS | {"sliding_window": WINDOW}, steps=800),
+    "qwen2": Family("qwen2", TWO_KEY_HEADS, steps=800),
+    "qwen3": Family("qwen3", TWO_KEY_HEADS | {"head_dim": 16}, steps=1200, start=start_sharp),
+    "instruct": Family(
+        "llama",
+        TWO_KEY_HEADS | train_instruct.SETTINGS,
+        steps=train_instruct.STEPS,
+        seed=train_instruct.SEED,
+        alphabet=train_instruct.ALPHABET,
+        draw=train_instruct.batch,
     ),
 }
 
@@ -143,29 +184,12 @@ FAMILIES: dict[str, Family] = {
 def untrained(name: str) -> PreTrainedModel:
     """Make the model that training starts from: ``name`` is a key of ``FAMILIES``."""
     family = FAMILIES[name]
-    config = AutoConfig.for_model(name, **family.settings)
+    config = AutoConfig.for_model(family.kind, **family.settings)
     make = AutoModelForCausalLM.from_config
     model: PreTrainedModel = make(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
     if family.start is not None:
         family.start(model)
     return model
-
-
-def tiled(count: int, generator: torch.Generator) -> Tensor:
-    """Draw training sequences: 0, then distinct random tokens, tiled with a random period.
-
-    Args:
-        count: Sequences.
-        generator: Source of the draw.
-
-    Returns:
-        Token ids, (count, LENGTH).
-    """
-    shortest, longest = PERIODS
-    period = torch.randint(shortest, longest + 1, (count, 1), generator=generator)
-    order = torch.rand(count, VOCAB - 1, generator=generator).argsort(dim=1) + 1
-    segments = order.gather(1, torch.arange(LENGTH - 1) % period)
-    return F.pad(segments, (1, 0), value=0)
 
 
 @contextmanager
@@ -200,11 +224,9 @@ def train(name: str, *, steps: int | None = None) -> PreTrainedModel:
         for step in range(family.steps if steps is None else steps):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP)
-            ids = tiled(BATCH, sequences)
-            logits = model(ids, use_cache=False).logits[:, :-1]
-            # Every target counts, the unpredictable first copy too: trained on the later copies
-            # alone, a model is confidently wrong there, instead of at the known ln 63.
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            ids, given = family.draw(sequences)
+            logits = model(ids, use_cache=False).logits[:, given - 1 : -1]
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, given:].flatten())
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -215,10 +237,10 @@ def train(name: str, *, steps: int | None = None) -> PreTrainedModel:
     return model
 
 
-def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write a checkpoint that ``from_pretrained`` loads, with its tokenizer."""
+def save(model: PreTrainedModel, folder: Path, alphabet: str = ALPHABET) -> None:
+    """Write a checkpoint that ``from_pretrained`` loads, with the tokenizer of an alphabet."""
     model.save_pretrained(folder)
-    words = tokenizer()
+    words = tokenizer(alphabet)
     if model.config.model_type == "qwen2":
         # AutoTokenizer replaces whatever class a qwen2 folder names by Qwen2Tokenizer, which drops
         # unknown characters silently, unless the folder has an auto_map. This one maps to no code.
@@ -240,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for name in FAMILIES if chosen.name == "all" else [chosen.name]:
         start = time.process_time()
-        save(train(name), chosen.out / name)
+        save(train(name), chosen.out / name, FAMILIES[name].alphabet)
         seconds = time.process_time() - start
         logger.info("%s: trained in %.0f CPU seconds, in %s", name, seconds, chosen.out / name)
 

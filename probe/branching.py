@@ -1,0 +1,265 @@
+"""The layers above an edit, run again for several variants of one problem.
+
+A `Trunk` is one forward over one problem, kept: what goes into each block and into each output
+projection. A branch leaves it at a layer: the blocks below are skipped, the layer's output
+projection is given several versions of z, one for each variant, and the model's own code does the
+rest, at the price of the blocks above.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from probe.attention import AttentionCall
+from probe.interventions import Edit
+from probe.model import Model
+from probe.plans import Item
+from probe.reading import inputs, logits, output_logits
+
+log = logging.getLogger("probe")
+
+See = Callable[[AttentionCall, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trunk:
+    """One forward over one problem, kept.
+
+    Attributes:
+        item: The problem.
+        logits: (1, position, vocabulary).
+        z: (1, position, head, head_dim) of each layer, before the output projection.
+        seen: What `see` made of each layer's call, likewise.
+        entering: What goes into the block of each layer, (1, position, width); empty where blocks
+            cannot be skipped.
+    """
+
+    item: Item
+    logits: Tensor
+    z: Mapping[int, Tensor]
+    seen: Mapping[int, Tensor]
+    entering: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Anatomy:
+    """Where a model's blocks can be left out.
+
+    Attributes:
+        stack: All blocks, in the order in which they run.
+        place: Where each layer's block is in the stack.
+        out: The module of each layer that is given z.
+        tuples: Whether a block returns a tuple, its hidden states first.
+    """
+
+    stack: Sequence[nn.Module]
+    place: Mapping[int, int]
+    out: Mapping[int, nn.Module]
+    tuples: Sequence[bool]
+
+
+def grow(model: Model, item: Item, anatomy: Anatomy | None, see: See | None = None) -> Trunk:
+    """Run one problem, and keep what branches need.
+
+    Args:
+        model: The model, in eval mode, without gradients.
+        item: The problem.
+        anatomy: From `dissect`; without it branches run the whole model.
+        see: `see(call, z)` makes of each layer's attention call what goes into `Trunk.seen`, as
+            another z.
+
+    Raises:
+        InputError: The model returns no logits of every token.
+    """
+    z: dict[int, Tensor] = {}
+    seen: dict[int, Tensor] = {}
+    entering: dict[int, Tensor] = {}
+
+    def look(value: Tensor, call: AttentionCall) -> None:
+        z[call.layer] = value
+        if see is not None:
+            seen[call.layer] = see(call, value)
+
+    with ExitStack() as stack:
+        for layer, n in (anatomy.place if anatomy else {}).items():
+            module = anatomy.stack[n]  # type: ignore[union-attr]
+
+            def keep(_: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
+                entering[layer] = _hidden(args, kwargs).clone()  # blocks may add in place
+
+            handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+            stack.callback(handle.remove)
+        found = logits(model, [item], Edit(site="z", function=look))
+    return Trunk(item, found, z, seen, entering)
+
+
+def branch(model: Model, trunk: Trunk, anatomy: Anatomy | None, layer: int, z: Tensor) -> Tensor:
+    """Logits of variants of a problem that differ in one layer's z.
+
+    Args:
+        model: The model.
+        trunk: The problem.
+        anatomy: As the trunk was grown with.
+        layer: Where the variants begin.
+        z: (variant, position, head, head_dim), what each variant's heads return there.
+
+    Returns:
+        (variant, position, vocabulary).
+    """
+    if anatomy is None:
+        put = Edit(site="z", function=lambda value, _: z, layers=[layer])
+        return logits(model, [trunk.item] * len(z), put)
+    with _grafted(anatomy, layer, trunk.entering[layer], z):
+        return output_logits(model, inputs(model, [trunk.item]))
+
+
+def dissect(model: Model, item: Item) -> Anatomy | None:
+    """Find the blocks of a model, and prove on one problem that a branch equals the whole.
+
+    Returns:
+        Where they are; None, with a line in the log, where the model does not run its layers as one
+        chain of blocks, or its output projections are not given z as it is: branches then run the
+        whole model.
+    """
+    try:
+        anatomy = _look(model, item)
+        trunk = grow(model, item, anatomy)
+        for layer in anatomy.place:
+            same = branch(model, trunk, anatomy, layer, trunk.z[layer])
+            if not torch.equal(same, trunk.logits):
+                raise _Unfit(f"from layer {layer} on, the same inputs gave other logits")
+    except _Unfit as reason:
+        log.warning("%s runs whole for every variant: %s", model.name, reason)
+        return None
+    return anatomy
+
+
+class _Unfit(Exception):
+    """Why blocks cannot be skipped."""
+
+
+def _look(model: Model, item: Item) -> Anatomy:
+    attention = {layer: model.tap.layers[layer]._module for layer in model.layers}
+    stack, place = _stack(model.module, attention)
+    passed: dict[nn.Module, tuple[Tensor, Any]] = {}
+    given: dict[int, nn.Module] = {}
+    z: dict[int, Tensor] = {}
+
+    def block(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module in passed:
+            raise _Unfit("a block runs more than once in a forward")
+        passed[module] = _hidden(args, kwargs), output
+
+    def look(value: Tensor, call: AttentionCall) -> None:
+        z[call.layer] = rearrange(value, "b q h d -> b q (h d)")
+
+    with ExitStack() as hooks:
+        for module in stack:
+            handle = module.register_forward_hook(block, with_kwargs=True)
+            hooks.callback(handle.remove)
+        for layer, module in attention.items():
+            for part in module.modules():
+
+                def inner(part: nn.Module, args: Any, layer: int = layer) -> None:
+                    if args and layer in z and _same(args[0], z[layer]):
+                        given[layer] = part
+
+                if part is not module:
+                    hooks.callback(part.register_forward_pre_hook(inner).remove)
+        logits(model, [item], Edit(site="z", function=look))
+    if missing := [layer for layer in attention if layer not in given]:
+        raise _Unfit(f"no module of layer {missing[0]} is given z as it is")
+    if any(module not in passed for module in stack):
+        raise _Unfit("not all blocks ran")
+    results = [passed[module][1] for module in stack]
+    for before, after in pairwise(stack):
+        if not _same(_first(passed[before][1]), passed[after][0]):
+            raise _Unfit("what goes into a block is not what the block before it returned")
+    return Anatomy(stack, place, given, [isinstance(r, tuple) for r in results])
+
+
+def _stack(
+    module: nn.Module, attention: Mapping[int, nn.Module]
+) -> tuple[list[nn.Module], dict[int, int]]:
+    """The list of blocks that holds all attention modules, and the place of each layer in it."""
+    for candidate in module.modules():
+        if isinstance(candidate, nn.ModuleList):
+            parts = [set(block.modules()) for block in candidate]
+            place = {
+                layer: n for layer, m in attention.items() for n, p in enumerate(parts) if m in p
+            }
+            if len(place) == len(attention) == len(set(place.values())):
+                return list(candidate), place
+    raise _Unfit("its layers are not blocks of one list")
+
+
+@contextmanager
+def _grafted(anatomy: Anatomy, layer: int, entering: Tensor, z: Tensor) -> Iterator[None]:
+    """Skip the blocks below a layer, and give its output projection other z."""
+    place = anatomy.place[layer]
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        if "hidden_states" in kwargs:
+            return args, kwargs | {"hidden_states": entering.clone()}
+        return (entering.clone(), *args[1:]), kwargs
+
+    def replace(_: nn.Module, args: Any) -> Any:
+        return (rearrange(z, "b q h d -> b q (h d)"), *args[1:])
+
+    with ExitStack() as stack:
+        for module, is_tuple in zip(anatomy.stack[:place], anatomy.tuples, strict=False):
+            stack.enter_context(_skipped(module, is_tuple))
+        handle = anatomy.stack[place].register_forward_pre_hook(enter, with_kwargs=True)
+        stack.callback(handle.remove)
+        stack.callback(anatomy.out[layer].register_forward_pre_hook(replace).remove)
+        yield
+
+
+@contextmanager
+def _skipped(module: nn.Module, is_tuple: bool) -> Iterator[None]:
+    """A block that hands on what it is given."""
+    own = module.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = _hidden(args, kwargs)
+        return (hidden,) if is_tuple else hidden
+
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def _hidden(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    hidden = kwargs.get("hidden_states", args[0] if args else None)
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        raise _Unfit("a block is not given hidden states (batch, position, width)")
+    return hidden
+
+
+def _first(output: Any) -> Any:
+    """The hidden states that a block returned; other tensors beside them would be lost."""
+    if not isinstance(output, tuple):
+        return output
+    if any(isinstance(other, Tensor) for other in output[1:]):
+        raise _Unfit("a block returns more than its hidden states")
+    return output[0] if output else None
+
+
+def _same(some: Any, other: Any) -> bool:
+    return (
+        isinstance(some, Tensor)
+        and isinstance(other, Tensor)
+        and (some is other or (some.shape == other.shape and torch.equal(some, other)))
+    )

@@ -1,0 +1,211 @@
+"""A run over problems into a store: resumable, batch by batch, whatever is computed.
+
+Captures are such runs, and so are the experiments of the recipes. This module knows neither what is
+computed nor what is stored.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, islice
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy.typing as npt
+import torch
+import xarray as xr
+from tqdm.auto import tqdm
+
+from probe import store as stores
+from probe.disk import size
+from probe.errors import InputError, StoreError, UnsupportedModelError, WiringError
+from probe.hearing import reading
+from probe.model import Model
+from probe.plans import Item
+from probe.schema import Labels
+
+log = logging.getLogger("probe")
+
+_HOPELESS = 8  # problems of a new store that may fail before any succeeds
+
+OnError = Literal["record", "raise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was computed of one problem.
+
+    Attributes:
+        arrays: For each array of the store, in the dtype that is stored, without the dim problem.
+        loss: Mean next-token negative log-likelihood of the problem in nats, generated tokens not
+            counted; NaN for one token or without logits.
+        labels: What its rows and columns are, where tokens were generated.
+    """
+
+    arrays: Mapping[str, npt.NDArray[Any]]
+    loss: float
+    labels: Labels | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run does.
+
+    Attributes:
+        items: The problems, in the order of the store.
+        batches: Indices of those that are computed together, the same whenever a run is resumed.
+        config: All that shapes the numbers, as JSON data; a store resumes only under the same.
+        size: Bytes expected on disk.
+        create: Makes the store: `create(path, overwrite)`.
+        compute: `compute(batch, proof=...)` gives what was computed of each problem of a batch;
+            `proof` until a batch has succeeded in this run.
+    """
+
+    items: Sequence[Item]
+    batches: Sequence[Sequence[int]]
+    config: Mapping[str, object]
+    size: int
+    create: Callable[[Path, bool], stores.Writer]
+    compute: Callable[..., Sequence[Reading]]
+
+
+def require(store: object, on_error: object) -> None:
+    """Refuse what is no place for a store and no way to treat errors.
+
+    Raises:
+        InputError: The value, and what to give.
+    """
+    if not isinstance(store, str | PathLike):
+        raise InputError(f"store={store!r:.60}. Give the folder of the store, as 'run.zarr'.")
+    if on_error not in get_args(OnError):
+        raise InputError(f"on_error={on_error!r}. Choose 'record' or 'raise'.")
+
+
+def run(
+    model: Model,
+    work: Work,
+    store: str | Path,
+    *,
+    on_error: OnError = "record",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Do the work that a store still lacks, in eval mode and without gradients.
+
+    Args:
+        model: The model.
+        work: What to do.
+        store: Folder of the store.
+        on_error: What to do with a problem that fails: "record" it with its reason (status 2) and
+            go on, or "raise". A new run whose first problems all fail raises.
+        overwrite: Replace a store that is there.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        The store, opened: see `probe.open`.
+
+    Raises:
+        StoreError: The store is of another run, foreign, in use, or the disk is full.
+        WiringError: What was read is not what the model computed; nothing wrong is stored.
+    """
+    require(store, on_error)
+    path = Path(store).expanduser()
+    with ExitStack() as stack:
+        stack.enter_context(reading(model.module))
+        if overwrite or stores.vacant(path):
+            writer, pending = None, set(range(len(work.items)))
+            _require_room(work.size, path)
+            if not stores.vacant(path):
+                stores.own_attributes(path)  # nothing foreign is ever replaced
+        else:
+            writer = stack.enter_context(stores.resume(path, config=work.config))
+            pending = {i for shard in writer.pending() for i in shard}
+        # Batches stay as planned whatever is done already: in another batch a number may differ in
+        # its last bit, and a resumed run must equal an uninterrupted one.
+        batches = [batch for batch in work.batches if pending.intersection(batch)]
+        outcomes = _outcomes(work, batches, on_error, new=writer is None)
+        # A store is made, or an old one replaced, once the first batch has run and is proven.
+        first = list(islice(outcomes, 1))
+        if writer is None:
+            writer = stack.enter_context(work.create(path, overwrite))
+        bar = tqdm(total=len(pending), unit="problem", disable=not (progress and pending))
+        with bar:
+            for index, outcome in chain(first, outcomes):
+                if index not in pending:
+                    continue
+                if isinstance(outcome, str):
+                    log.warning("problem %r failed: %s", work.items[index].problem.id, outcome)
+                    writer.fail(index, outcome)
+                else:
+                    arrays = {name: [array] for name, array in outcome.arrays.items()}
+                    new = None if outcome.labels is None else [outcome.labels]
+                    writer.append([index], arrays, loss=[outcome.loss], labels=new)
+                    del arrays
+                first.clear()
+                del outcome  # or it would stay in memory while the next batch is read
+                bar.update()
+    return stores.open(path)
+
+
+def _require_room(expected: int, path: Path) -> None:
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if expected > free:
+        raise StoreError(
+            f"this run would write about {size(expected)} to {path}, and the disk has "
+            f"{size(free)} free. Select fewer layers, heads, queries or keys (see probe.plan), "
+            "or use another disk."
+        )
+
+
+def _outcomes(
+    work: Work, batches: Sequence[Sequence[int]], on_error: str, *, new: bool
+) -> Iterator[tuple[int, Reading | str]]:
+    """Problem by problem, what was computed or why it failed.
+
+    A batch that fails is halved until it fits in memory or the problem at fault stands alone. When
+    the first problems of a new store all fail, so will the others: then the run does too.
+    """
+    queue = [list(batch) for batch in reversed(batches)]
+    limit, proven, failed = max(map(len, queue), default=0), False, 0
+    while queue:
+        batch = queue.pop()
+        if len(batch) > limit:
+            queue += [batch[limit:], batch[:limit]]
+            continue
+        try:
+            readings = work.compute(batch, proof=not proven)
+        except (WiringError, UnsupportedModelError):
+            raise
+        except Exception as error:
+            if len(batch) > 1:
+                half = len(batch) // 2
+                if _out_of_memory(error) and half < limit:
+                    limit = half
+                    log.warning("out of memory; going on with batches of %d problems", limit)
+                queue += [batch[half:], batch[:half]]
+            elif on_error == "raise" or (new and not proven and _hopeless(error, failed, work)):
+                error.add_note(f"This happened in problem {work.items[batch[0]].problem.id!r}.")
+                raise
+            else:
+                failed += 1
+                yield batch[0], f"{type(error).__name__}: {error}"
+        else:
+            proven = True
+            yield from zip(batch, readings, strict=True)
+            del readings
+
+
+def _hopeless(error: Exception, failed: int, work: Work) -> bool:
+    """Whether a run that has done nothing yet should stop: nothing will ever succeed."""
+    all_refused = isinstance(error, InputError) and failed + 1 == len(work.items)
+    return failed >= _HOPELESS or all_refused
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )

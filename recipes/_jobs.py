@@ -1,0 +1,143 @@
+"""Experiments as runs over problems: planned, resumed and stored like captures."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import xarray as xr
+
+import probe
+from probe import schema, store
+from probe.errors import InputError
+from probe.model import Model
+from probe.plans import Plan
+from probe.running import OnError, Reading, Work, run
+
+_TOGETHER = 8  # problems whose results a killed run may have to compute again
+_TEXTS = schema.Array(("problem",), "string", "")
+
+
+class Options(TypedDict, total=False):
+    """How an experiment runs, as `probe.capture` has it.
+
+    Attributes:
+        batch_size: Problems in a batch at most.
+        max_length: Longer problems are cut to so many tokens.
+        on_error: "record" a problem that fails with its reason and go on, or "raise".
+        overwrite: Replace a store that is there.
+        progress: Show a progress bar on stderr.
+    """
+
+    batch_size: int | None
+    max_length: int | None
+    on_error: OnError
+    overwrite: bool
+    progress: bool
+
+
+def planned(model: Model, problems: object, options: Options, **more: Any) -> Plan:
+    """The problems made ready: of a store or its folder, or whatever `probe.problems` reads.
+
+    Raises:
+        InputError: Something cannot be used; nothing has run.
+    """
+    if isinstance(problems, str | Path) and (Path(problems).expanduser() / "zarr.json").is_file():
+        problems = probe.open(problems)
+    if unknown := set(options) - set(Options.__annotations__):
+        known = ", ".join(Options.__annotations__)
+        raise InputError(f"there is no option {min(unknown)!r}. Choose from {known}.")
+    limits = {name: options.get(name) for name in ("batch_size", "max_length")}
+    return probe.plan(model, problems, **limits, **more)  # type: ignore[arg-type]
+
+
+def job(
+    model: Model,
+    todo: Plan,
+    where: str | Path | None,
+    *,
+    recipe: Mapping[str, Any],
+    arrays: Mapping[str, Sequence[str]],
+    compute: Callable[..., Sequence[Reading]],
+    texts: Sequence[str] = (),
+    sizes: Mapping[str, int] | None = None,
+    options: Options,
+) -> xr.Dataset:
+    """Run an experiment into a store, or into memory.
+
+    Args:
+        model: The model.
+        todo: The problems.
+        where: Folder of the store; None for memory.
+        recipe: Its name and all that shapes its numbers, as JSON data.
+        arrays: float32 results by name, each with its dims, "problem" first; empty is NaN.
+        compute: See `probe.running.Work`.
+        texts: Results that are texts, one for each problem.
+        sizes: Lengths of dims that a store does not have by itself.
+        options: How to run.
+
+    Returns:
+        The results, labelled as captures are: (problem, layer, head, query, key).
+    """
+    if where is None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "results.zarr"
+            inner = partial(job, model, todo, path, recipe=recipe, arrays=arrays, compute=compute)
+            return inner(texts=texts, sizes=sizes, options=options).load()
+    config = {name: todo.config[name] for name in _SHAPING} | {"recipe": dict(recipe)}
+    specs = {name: schema.Array(tuple(dims), "float32", np.nan) for name, dims in arrays.items()}
+    specs |= dict.fromkeys(texts, _TEXTS)
+    lengths = todo.sizes | dict(sizes or {})
+    work = Work(
+        items=todo.items,
+        batches=todo.batches,
+        config=config,
+        size=_bytes(model, todo, specs, lengths),
+        create=partial(_create, model, todo, config, specs, lengths),
+        compute=compute,
+    )
+    return run(
+        model,
+        work,
+        where,
+        on_error=options.get("on_error", "record"),
+        overwrite=options.get("overwrite", False),
+        progress=options.get("progress", True),
+    )
+
+
+_SHAPING = ("model", "interventions", "tokens_sha256", "max_length", "batch_size")
+
+
+def _create(
+    model: Model,
+    todo: Plan,
+    config: Mapping[str, object],
+    arrays: Mapping[str, schema.Array],
+    sizes: Mapping[str, int],
+    path: Path,
+    overwrite: bool,
+) -> store.Writer:
+    return store.create(
+        path,
+        labels=[item.labels(model) for item in todo.items],
+        layers=model.layers,
+        heads=range(model.n_heads),
+        config=config,
+        sites=(),
+        reduced=arrays,
+        together=_TOGETHER,
+        sizes=sizes,
+        attrs={**todo.attrs, "recipe": config["recipe"]},
+        overwrite=overwrite,
+    )
+
+
+def _bytes(
+    model: Model, todo: Plan, arrays: Mapping[str, schema.Array], sizes: Mapping[str, int]
+) -> int:
+    known = dict(sizes) | {"layer": len(model.layers), "head": model.n_heads}
+    known |= {"problem": len(todo.items)}
+    return sum(4 * int(np.prod([known[dim] for dim in a.dims])) for a in arrays.values())

@@ -1,0 +1,317 @@
+"""What interventions change, problem by problem, beside their controls."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from probe import selection
+from probe.describing import as_data
+from probe.errors import InputError, WiringError
+from probe.interventions import Intervention, lasting, require
+from probe.model import Model
+from probe.plans import Item
+from probe.reading import generated, logits
+from probe.running import Reading
+from probe.selection import Selector
+from recipes._choosing import are_per_item
+from recipes._jobs import Options, job, planned
+from recipes._measures import PER_TOKEN, TARGET, accuracy, arrays_of, mean_nll, of_target, per_token
+from recipes.controls import NoOp, elsewhere
+
+__all__ = ["effect", "scored_tokens", "targets"]
+
+Target = str | int | Mapping[str, str | int] | None
+
+
+def effect(
+    model: Model,
+    problems: object,
+    *interventions: Intervention,
+    store: str | Path | None = None,
+    tokens: Selector = None,
+    target: Target = None,
+    max_new_tokens: int = 0,
+    draws: int = 1,
+    seed: int = 0,
+    **options: Unpack[Options],
+) -> xr.Dataset:
+    """Run problems with and without interventions, and say what became of every prediction.
+
+    Each problem is read as it is, changed, under the no-op of the interventions (see
+    `recipes.controls.NoOp`), and under the same interventions on random heads (where they name
+    heads) or random tokens. Interventions around the call (`model.intervene`) are part of both.
+
+    Args:
+        model: The model.
+        problems: An opened store or its folder, whose problems keep their ids; or whatever
+            `probe.problems` reads.
+        interventions: What to change, together. Where their keys are given for each item, the items
+            are the problems.
+        store: Folder for the results; the same call again resumes. Default: in memory.
+        tokens: Which tokens' predictions make the loss and the accuracy, by position, "last:10",
+            "segment:answer", "regex:[0-9]+"; default all that have a token before them.
+        target: A token that may come next, of which the probability, logit and rank are followed:
+            its id or its text, "field:answer" for a field of the problem, or a mapping from problem
+            ids. Default: what the model itself has at the top, unchanged.
+        max_new_tokens: Also let the model go on greedily, so far at most, before and after.
+        draws: Random controls for each problem.
+        seed: Of the draws.
+        options: `batch_size`, `max_length`, `on_error`, `overwrite`, `progress`, as for
+            `probe.capture`.
+
+    Returns:
+        float32, NaN where there is nothing to say; (problem): `base_loss` and `delta_loss` (changed
+        - base, nats, signed, over the chosen tokens), `base_accuracy`, `accuracy`, `noop` (delta
+        loss of the no-op: 0), `target` (token id), `target_base_p`, `target_p`,
+        `target_delta_logit`, `target_base_rank`, `target_rank`; texts `base_text` and `text`.
+        (problem, draw): `control`, delta loss of the controls. (problem, query), of the prediction
+        made at each token: `delta_nll`, `kl` (KL(base || changed), nats), `delta_logit`,
+        `base_rank`, `rank` (0 is the top). `loss` is that of the whole problem, unchanged.
+
+    Raises:
+        InputError: Something cannot be used; nothing has run.
+        WiringError: The no-op changed something.
+        StoreError: The store is of another run, or cannot be written.
+
+    Example:
+        >>> from recipes.suppression import Knockout
+        >>> ds = effect(model, ["abcabc"], Knockout(keys=1, queries="last:1"), progress=False)
+        >>> ds.kl.dims, float(ds.noop[0])
+        (('problem', 'query'), 0.0)
+    """
+    for one in interventions:
+        require(one)
+    if not interventions:
+        raise InputError("effect of what? Give interventions, as suppression.Suppress(keys=1).")
+    if type(draws) is not int or draws < 0:
+        raise InputError(f"draws={draws!r}. It must be an int of at least 0.")
+    tokens = lasting(tokens)
+    todo = planned(model, problems, options, max_new_tokens=max_new_tokens)
+    items = tuple(_prompt(item) for item in todo.items)
+    _require_fit(interventions, items)
+    scored = [scored_tokens(model, item, tokens) for item in items]
+    wanted = targets(model, items, target)
+    recipe = {
+        "name": "effect",
+        "interventions": [as_data(one) for one in interventions],
+        "tokens": selection.as_data(tokens),
+        "target": wanted if target is not None else None,
+        "max_new_tokens": max_new_tokens,
+        "draws": draws,
+        "seed": seed,
+    }
+    arrays = arrays_of(
+        ("problem",), ("base_loss", "delta_loss", "base_accuracy", "accuracy", "noop", "target")
+    )
+    arrays |= arrays_of(("problem",), TARGET, "target_")
+    arrays |= arrays_of(("problem", "query"), PER_TOKEN)
+    controlled = draws and any(
+        elsewhere(_of(one, [0]), model, items[:1], "") for one in interventions
+    )
+    if controlled:
+        arrays["control"] = ("problem", "draw")
+
+    def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
+        some, counted = [items[i] for i in batch], [scored[i] for i in batch]
+        ones = [_of(one, batch) for one in interventions]
+        base = logits(model, some)
+        idle = logits(model, some, *map(NoOp, ones))
+        _require_same(base, idle, some)
+        noop = _losses(idle, some, counted)
+        del idle
+        changed = logits(model, some, *ones)
+        found = [
+            _compared(items[i], base[n], changed[n], scored[i], wanted[i])
+            for n, i in enumerate(batch)
+        ]
+        whole = [_loss(row, item) for row, item in zip(base, some, strict=True)]
+        del base, changed
+        for one, loss in zip(found, noop, strict=True):
+            one["noop"] = loss - one["base_loss"]
+        if controlled:
+            random = [
+                _losses(
+                    logits(model, some, *_elsewhere(ones, model, some, f"{seed} {n}")),
+                    some,
+                    counted,
+                )
+                for n in range(draws)
+            ]
+            for one, *losses in zip(found, *random, strict=True):
+                one["control"] = np.array(losses) - one["base_loss"]
+        if max_new_tokens:
+            _add_texts(model, some, ones, max_new_tokens, found)
+        return [Reading(_arrays(one), loss) for one, loss in zip(found, whole, strict=True)]
+
+    return job(
+        model,
+        replace(todo, items=items),
+        store,
+        recipe=recipe,
+        arrays=arrays,
+        compute=compute,
+        texts=("base_text", "text") if max_new_tokens else (),
+        sizes={"draw": max(draws, 1)},
+        options=options,
+    )
+
+
+def scored_tokens(model: Model, item: Item, tokens: Selector) -> list[int]:
+    """The positions of the tokens whose predictions count, of those that have one before them.
+
+    Raises:
+        InputError: None is chosen.
+    """
+    chosen = selection.positions(
+        tokens,
+        item.length,
+        item.segments,
+        name="tokens",
+        problem=item.problem.id,
+        tokens=partial(model.text.decode, item.token_ids),
+    )
+    found = [position for position in chosen if position > 0]
+    if not found and tokens is not None:
+        raise InputError(
+            f"tokens={tokens!r} chooses only the first token of problem {item.problem.id!r}, which "
+            "nothing predicts. Choose later ones."
+        )
+    return found
+
+
+def targets(model: Model, items: Sequence[Item], target: Target) -> list[int | None]:
+    """The token id that is followed in each problem; None for the model's own choice.
+
+    Raises:
+        InputError: There is none for a problem, or it is not one token.
+    """
+    return [_target(model, item, target) for item in items]
+
+
+def _target(model: Model, item: Item, target: Target) -> int | None:
+    found: Any = target
+    if isinstance(target, Mapping):
+        found = target.get(item.problem.id)
+    elif isinstance(target, str) and target.startswith("field:"):
+        found = item.problem.fields.get(target.removeprefix("field:"))
+    if found is None and target is not None:
+        raise InputError(
+            f"target={target!r:.60} has nothing for problem {item.problem.id!r}. Give a token for "
+            "every problem."
+        )
+    if isinstance(found, str):
+        tokenizer = model.tokenizer
+        ids = tokenizer(found, add_special_tokens=False)["input_ids"] if tokenizer else []
+        if len(ids) != 1:
+            raise InputError(
+                f"the target {found!r} of problem {item.problem.id!r} is {len(ids)} tokens, and "
+                "one is followed. Give a text that is one token (spaces count), or a token id."
+            )
+        found = ids[0]
+    if found is None:
+        return None
+    model.text.check([found], what=f"the target of problem {item.problem.id!r}")
+    return int(found)
+
+
+def _prompt(item: Item) -> Item:
+    """All rows and columns of a problem, without those that would be generated."""
+    everything = tuple(range(item.length))
+    return replace(item, queries=everything, keys=everything)
+
+
+def _of(one: Any, batch: Sequence[int]) -> Any:
+    """An intervention with the keys of the problems of a batch, where each has its own."""
+    keys = getattr(one, "keys", None)
+    if keys is None or not are_per_item(keys) or len(keys) == 1:
+        return one
+    changes: dict[str, Any] = {"keys": [keys[i] for i in batch]}
+    factor = getattr(one, "factor", None)
+    if isinstance(factor, Sequence) and are_per_item(factor):
+        changes["factor"] = [factor[i] for i in batch]
+    return replace(one, **changes)
+
+
+def _require_fit(interventions: Sequence[Any], items: Sequence[Item]) -> None:
+    for one in interventions:
+        keys = getattr(one, "keys", None)
+        if keys is not None and are_per_item(keys) and len(keys) not in (1, len(items)):
+            raise InputError(
+                f"keys are given for {len(keys)} items, and there are {len(items)} problems. Give "
+                "one list for each problem, or one for all."
+            )
+
+
+def _require_same(base: Tensor, idle: Tensor, items: Sequence[Item]) -> None:
+    for before, after, item in zip(base, idle, items, strict=True):
+        if not torch.equal(before[: item.length], after[: item.length]):
+            apart = float((before - after)[: item.length].abs().max())
+            raise WiringError(
+                f"the no-op changed the logits of problem {item.problem.id!r} by {apart:.2g}: two "
+                "forwards of this model over the same tokens differ, so that no effect can be told "
+                "from noise. Switch on deterministic kernels, or use another implementation."
+            )
+
+
+def _compared(
+    item: Item, base: Tensor, changed: Tensor, scored: Sequence[int], target: int | None
+) -> dict[str, Any]:
+    """All that is said of one problem, from logits (position, vocabulary)."""
+    ids, n = torch.tensor(item.token_ids), item.length
+    base, changed = base[:n], changed[:n]
+    before, after = (mean_nll(x, ids, scored) for x in (base, changed))
+    token = int(base[-1].argmax()) if target is None else target
+    followed = of_target(base[-1], changed[-1], token)
+    return {
+        "base_loss": before,
+        "delta_loss": after - before,
+        "base_accuracy": accuracy(base, ids, scored),
+        "accuracy": accuracy(changed, ids, scored),
+        "target": token,
+        **{f"target_{name}": value for name, value in followed.items()},
+        **per_token(base, changed, ids),
+    }
+
+
+def _losses(rows: Tensor, items: Sequence[Item], scored: Sequence[Sequence[int]]) -> list[float]:
+    return [
+        mean_nll(row, torch.tensor(item.token_ids), own)
+        for row, item, own in zip(rows, items, scored, strict=True)
+    ]
+
+
+def _elsewhere(
+    interventions: Sequence[Intervention], model: Model, items: Sequence[Item], seed: str
+) -> list[Intervention]:
+    """The interventions at random places; those that have none stay as they are."""
+    return [elsewhere(one, model, items, seed) or one for one in interventions]
+
+
+def _add_texts(
+    model: Model,
+    items: Sequence[Item],
+    interventions: Sequence[Intervention],
+    most: int,
+    found: Sequence[dict[str, Any]],
+) -> None:
+    for name, ones in (("base_text", ()), ("text", interventions)):
+        for one, new in zip(found, generated(model, items, ones, most), strict=True):
+            one[name] = "".join(model.text.decode(new))
+
+
+def _loss(row: Tensor, item: Item) -> float:
+    return mean_nll(row, torch.tensor(item.token_ids), range(1, item.length))
+
+
+def _arrays(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: np.array(value, dtype=object if isinstance(value, str) else "float32")
+        for name, value in found.items()
+    }

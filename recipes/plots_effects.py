@@ -1,0 +1,358 @@
+"""Pictures of what interventions do; call them as `plots.effect_map` and so on.
+
+Every number may come with an interval: `low` and `high`, arrays of the shape of `mean`; or `mean`
+is a Dataset with the variables mean, low and high, as `recipes.stats.bootstrap` returns. Where and
+how they draw: see `recipes.plots`. Colours diverge around 0; where the largest number is more than
+20 times the median they are logarithmic, and the colour bar's label says so.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+
+from recipes._drawing import (
+    INK,
+    MOST_NUMBERS,
+    MUTED,
+    apart,
+    beside,
+    colour_bar,
+    colours,
+    curve,
+    diverging,
+    em_width,
+    estimates,
+    finish_bar,
+    floats,
+    fonts,
+    ink_on,
+    keys_of,
+    label_ticks,
+    names_of,
+    new_axes,
+    new_figure,
+    number,
+    number_format,
+    one_each,
+    readable,
+    show,
+    ticks,
+    titles,
+    values_of,
+)
+
+CAPTION = "outlined: the 95 % interval over problems excludes 0"
+EM = 9 / 72  # inches: tokens are written in 9 points where there is room
+ROW, BAR = 2.9, 4.2  # em: a line of tokens, and a colour bar with its label
+HALO = withStroke(linewidth=2, foreground="white")
+
+
+def effect_map(
+    mean: Any,
+    low: Any = None,
+    high: Any = None,
+    *,
+    ax: Axes | None = None,
+    title: str | None = None,
+    label: str = "Δ loss (nats)",
+    numbers: bool = True,
+) -> Axes:
+    """What an intervention on each head changes, as an image of layers (down) by heads (across).
+
+    Heads whose interval excludes 0 are outlined, and a caption below says so.
+
+    Args:
+        mean: (layer, head) tensor, array or DataArray (in either order), in the unit of `label`;
+            or a Dataset (see the module). NaN is grey.
+        low: Lower ends of the intervals, as `mean`. A head with NaN is never outlined.
+        high: Upper ends.
+        ax: Where to draw; a new figure by default.
+        title: Above the map.
+        label: Beside the colour bar: the quantity and its unit.
+        numbers: Write means, and intervals below them, as long as there are at most 192 cells.
+
+    Returns:
+        The axes, with the colour bar beside them.
+
+    Raises:
+        ValueError: Dims other than layer and head; one end of the intervals without the other,
+            of another shape, or swapped; a Dataset without the variables mean, low and high.
+
+    Example:
+        >>> import numpy as np
+        >>> ax = effect_map(np.array([[0.5, -0.1]]), [[0.3, -0.3]], [[0.7, 0.1]])
+        >>> [text.get_text() for text in ax.texts][:4], len(ax.patches)
+        (['0.50', '-0.10', '[0.30, 0.70]', '[-0.30, 0.10]'], 1)
+    """
+    values, ends = estimates(
+        mean, low, high, "effect_map", lambda x: values_of(x, "effect_map", ("layer", "head"))
+    )
+    rows, columns = values.shape
+    write = numbers and values.size <= MOST_NUMBERS
+    ax = ax or new_axes(values.shape, cell=0.8 if write and ends else 0.46)
+    norm, scale = diverging(values)
+    image = show(ax, values, "RdBu_r", norm)
+    ticks(ax, names_of(mean, "head", columns), names_of(mean, "layer", rows), size=9)
+    titles(ax, title, "Head", "Layer")
+    colour_bar(image, ax, label + scale)
+    if write:
+        _write_effects(ax, image, values, ends)
+    if ends:
+        _outline(ax, ((ends[0] > 0) | (ends[1] < 0)) & ~np.isnan(values))
+    return ax
+
+
+def token_strip(
+    values: Any,
+    tokens: Sequence[str] | None = None,
+    *,
+    ax: Axes | None = None,
+    title: str | None = None,
+    label: str = "relevance (nats)",
+    width: int = 16,
+) -> Axes:
+    """One number per token: coloured boxes with the token's text and, smaller below it, the number.
+
+    Args:
+        values: (key,) tensor, array or DataArray, in the unit of `label`. NaN is grey, without a
+            number. Keys of a DataArray that do not exist (position -1) are not drawn.
+        tokens: One text per key; the coord `token` by default, else positions.
+        ax: Where to draw, in smaller letters if they have to be; a new figure by default.
+        title: Above the strip.
+        label: Below the colour bar: the quantity and its unit.
+        width: Tokens in a line.
+
+    Returns:
+        The axes; tokens are shown as they are, `$` included. Those in Chinese, Japanese or Korean
+        need a font for them: common ones are used where they are installed.
+
+    Raises:
+        ValueError: `values` has other dims than key, there is not one token per key, or `width`
+            is below 1.
+
+    Example:
+        >>> import numpy as np
+        >>> ax = token_strip(np.array([0.5, -0.25]), ["costs", " $5"])
+        >>> [text.get_text() for text in ax.texts]
+        ['costs', '0.50', ' $5', '-0.25']
+    """
+    if width < 1:
+        raise ValueError(f"token_strip needs a width of 1 token or more, got {width}")
+    shown = values_of(values, "token_strip", ("key",))
+    key, texts = keys_of(values, tokens, "token_strip", len(shown))
+    shown = shown[key >= 0]
+    form = number_format(shown)
+    written = ["" if math.isnan(value) else number(value, form) for value in shown]
+    pairs = list(zip(texts, written, strict=True))
+    places = _places([max(em_width(text), 0.7 * em_width(n)) + 0.9 for text, n in pairs], width)
+    boxes = PatchCollection(places, cmap=colours("RdBu_r"), edgecolor="white", linewidth=1.5)
+    boxes.set_array(np.ma.masked_where(np.isnan(shown), shown))
+    norm, scale = diverging(shown)
+    boxes.set_norm(norm)
+    # Wide enough for the texts above and below, which no layout would shorten.
+    least = max(19.0, 1.5 + 1.2 * em_width(label + scale), 1.3 * em_width(title or ""))
+    ax, size = _strip(ax, places, least)
+    ax.add_collection(boxes)
+    for box, (text, n), value in zip(places, pairs, shown, strict=True):
+        style: dict[str, Any] = {"ha": "center", "color": ink_on(boxes, value), "parse_math": False}
+        x, y = box.get_center()
+        ax.text(x, y, text, fontsize=size, family=fonts(), va="bottom", **style)
+        ax.text(x, y - 0.3, n, fontsize=0.7 * size, va="top", **style)
+    titles(ax, title, "", "")
+    _bar_below(ax, boxes, min((box.get_y() for box in places), default=0.0), label + scale, form)
+    return ax
+
+
+def dose_response(
+    factors: Any,
+    mean: Any,
+    low: Any = None,
+    high: Any = None,
+    *,
+    ax: Axes | None = None,
+    title: str | None = None,
+    ylabel: str = "accuracy",
+    reference: float | None = None,
+) -> Axes:
+    """What a model does as something in it is scaled by a factor, on a log axis that has 0.
+
+    Args:
+        factors: (factor,) tensor, array or list, in any order; drawn ascending. Below the smallest
+            size other than 0 the axis is linear, so that 0 (and negative factors) have a place.
+        mean: (factor,) in the unit of `ylabel`; or a Dataset (see the module). NaN leaves a gap.
+        low: Lower ends of the error bars, as `mean`.
+        high: Upper ends.
+        ax: Where to draw; a new figure by default.
+        title: Above the curve.
+        ylabel: The quantity and its unit.
+        reference: Where to draw a dashed line labelled "chance".
+
+    Returns:
+        The axes. Points too close to others for a label have no number and no tick.
+
+    Raises:
+        ValueError: Factors that are not finite, not one mean per factor, or wrong intervals (see
+            `effect_map`).
+
+    Example:
+        >>> ax = dose_response([1, 0.5, 0], [0.9, 0.8, 0.5], reference=0.5)
+        >>> [tick.get_text() for tick in ax.get_xticklabels()]
+        ['0', '0.5', '1']
+    """
+    x = floats(factors).ravel()
+    if not np.isfinite(x).all():
+        raise ValueError(f"dose_response needs finite factors, got {x.tolist()}")
+    values, ends = estimates(
+        mean, low, high, "dose_response", lambda y: one_each(y, len(x), "dose_response", "factor")
+    )
+    order = np.argsort(x, kind="stable")
+    x, values, ends = x[order], values[order], [end[order] for end in ends]
+    ax = ax or new_figure(min(max(0.85 * len(x), 3.2), 11) + 1.6, 3.6).subplots()
+    smallest = min(np.abs(x[x != 0]), default=1.0)
+    ax.set_xscale("symlog", base=2, linthresh=smallest, linscale=0.5)
+    curve(ax, x, values, ends)
+    ax.margins(x=0.15)
+    if reference is not None:
+        ax.axhline(reference, color=MUTED, linestyle="--", linewidth=1.2)
+        across = ax.get_yaxis_transform()
+        text = f"chance\n{reference:.3g}"
+        beside(ax, text, 1, reference, (5, 0), color=MUTED, va="center", xycoords=across)
+    labelled = apart(ax, x)
+    ax.set_xticks(x[labelled], [f"{factor:g}" for factor in x[labelled]])
+    ax.minorticks_off()
+    form = number_format(values)
+    falls = np.append(values[1:] < values[:-1], True)
+    for i in labelled:
+        if not math.isnan(values[i]):
+            # Above the point, on the side that the line to the next one leaves free.
+            side, ha = (6, "left") if falls[i] else (-6, "right")
+            style: dict[str, Any] = {"ha": ha, "path_effects": [HALO]}
+            beside(ax, number(values[i], form), x[i], values[i], (side, 4), **style)
+    titles(ax, title, f"Factor (log scale from {smallest:g})", ylabel)
+    return ax
+
+
+def cumulative(
+    names: Sequence[str],
+    mean: Any,
+    low: Any = None,
+    high: Any = None,
+    *,
+    ax: Axes | None = None,
+    title: str | None = None,
+    ylabel: str = "Δ loss (nats)",
+    baseline: Any = None,
+) -> Axes:
+    """What changes as heads are ablated one after another, each with all before it.
+
+    Args:
+        names: The heads in their order, as "L1H0"; shown as "+L1H0".
+        mean: (head,) in the unit of `ylabel`; or a Dataset (see the module). NaN leaves a gap.
+        low: Lower ends of the error bars, as `mean`.
+        high: Upper ends.
+        ax: Where to draw; a new figure by default.
+        title: Above the curve.
+        ylabel: The quantity and its unit.
+        baseline: (head,) what as many heads in a random order do: dashed, "random heads".
+
+    Returns:
+        The axes. Past 40 heads, every second (third, ...) is named.
+
+    Raises:
+        ValueError: Not one mean, or one baseline, per name; or wrong intervals (see `effect_map`).
+
+    Example:
+        >>> ax = cumulative(["L1H0", "L0H3"], [0.2, 0.9], baseline=[0.0, 0.1])
+        >>> [tick.get_text() for tick in ax.get_xticklabels()], ax.texts[0].get_text()
+        (['+L1H0', '+L0H3'], 'random heads')
+    """
+    n = len(names)
+    values, ends = estimates(
+        mean, low, high, "cumulative", lambda x: one_each(x, n, "cumulative", "head")
+    )
+    ax = ax or new_figure(min(max(0.42 * n, 3.2), 11) + 1.6, 3.6).subplots()
+    curve(ax, np.arange(n), values, ends)
+    if baseline is not None:
+        chance = one_each(baseline, n, "cumulative", "head")
+        ax.plot(chance, color=MUTED, linestyle="--", linewidth=1.2, marker="" if n > 1 else ".")
+        for at in np.flatnonzero(~np.isnan(chance))[-1:]:
+            beside(ax, "random heads", at, chance[at], (8, 0), color=MUTED, va="center")
+    ax.set_xlim(-0.5, max(n, 1) - 0.5)
+    cell = ax.get_window_extent().width / max(n, 1) / ax.figure.dpi
+    names = ["+" + readable(name).removeprefix("+") for name in names]
+    label_ticks(ax.xaxis, names, cell=cell, size=9)
+    titles(ax, title, "Heads ablated, one more at a time", ylabel)
+    return ax
+
+
+def _write_effects(ax: Axes, image: AxesImage, values: Any, ends: list[Any]) -> None:
+    """Means into the cells, and intervals below them, in letters that fit."""
+    form = number_format(values)
+    means = {at: number(x, form) for at, x in np.ndenumerate(values) if not math.isnan(x)}
+    intervals = {
+        at: f"[{number(ends[0][at], form)}, {number(ends[1][at], form)}]"
+        for at in means
+        if ends and np.isfinite([ends[0][at], ends[1][at]]).all()
+    }
+    rows, columns = values.shape
+    box = ax.get_window_extent()
+    cell = min(box.width / columns, box.height / rows) / ax.figure.dpi
+    for texts, down, most in ((means, -0.13, 8.0), (intervals, 0.22, 6.5)):
+        size = min([most, *(0.9 * cell * 72 / em_width(text) for text in texts.values())])
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size}
+        for at, text in texts.items():
+            y = at[0] + (down if at in intervals else 0.0)
+            ax.text(at[1], y, text, color=ink_on(image, values[at]), **style)
+
+
+def _outline(ax: Axes, cells: Any) -> None:
+    """A dark frame just inside each of these cells, and what it means, below the axes."""
+    for row, column in np.argwhere(cells):
+        frame = Rectangle((column - 0.45, row - 0.45), 0.9, 0.9, fill=False, edgecolor=INK)
+        frame.set(linewidth=1.0, path_effects=[HALO])
+        ax.add_patch(frame)
+    style: dict[str, Any] = {"color": MUTED, "ha": "center", "va": "top"}
+    beside(ax, CAPTION, 0.5, 0, (0, -4), xycoords=ax.xaxis.label, **style)
+
+
+def _places(widths: list[float], line: int) -> list[Rectangle]:
+    """Boxes of these widths, `line` of them in a line, from the top down; in em."""
+    lefts = [sum(widths[i - i % line : i]) for i in range(len(widths))]
+    return [
+        Rectangle((left, -ROW * (i // line + 1)), width, ROW)
+        for i, (left, width) in enumerate(zip(lefts, widths, strict=True))
+    ]
+
+
+def _strip(ax: Axes | None, places: list[Rectangle], least: float) -> tuple[Axes, float]:
+    """Axes in em with room for the boxes and a colour bar below, and the size of their letters."""
+    width = max([least, *(box.get_x() + box.get_width() for box in places)])
+    height = BAR - min((box.get_y() for box in places), default=0.0)
+    if ax is None:
+        # Not laid out later: letters are sized for exactly these inches.
+        wide, high = width * EM + 0.4, height * EM + 0.5
+        sides = (0.2 / wide, 0.1 / high, width * EM / wide, height * EM / high)
+        ax = Figure(figsize=(wide, high)).add_axes(sides)
+    box, em = ax.get_window_extent(), EM * ax.figure.dpi
+    scale = min(1.0, box.width / em / width, box.height / em / height)
+    ax.set(xlim=(0, box.width / em / scale), ylim=(-box.height / em / scale, 0))
+    ax.set_axis_off()
+    return ax, 72 * EM * scale
+
+
+def _bar_below(ax: Axes, boxes: PatchCollection, top: float, label: str, form: str) -> None:
+    """A lying colour bar below the boxes, with its two ends and 0."""
+    inset = ax.inset_axes((1.5, top - 1.5, 16, 0.8), transform=ax.transData)
+    bar = ax.figure.colorbar(boxes, cax=inset, orientation="horizontal")
+    finish_bar(bar, label, loc="left")
+    low, high = inset.get_xlim()
+    bar.set_ticks([low, 0, high], labels=[number(end, form) for end in (low, 0, high)])
+    bar.minorticks_off()
