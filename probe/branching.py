@@ -134,27 +134,27 @@ def dissect(model: Model, item: Item) -> Anatomy | None:
         for layer in anatomy.place:
             same = branch(model, trunk, anatomy, layer, trunk.z[layer])
             if not torch.equal(same, trunk.logits):
-                raise _Unfit(f"from layer {layer} on, the same inputs gave other logits")
-    except _Unfit as reason:
+                raise Unfit(f"from layer {layer} on, the same inputs gave other logits")
+    except Unfit as reason:
         log.warning("%s runs whole for every variant: %s", model.name, reason)
         return None
     return anatomy
 
 
-class _Unfit(Exception):
+class Unfit(Exception):
     """Why blocks cannot be skipped."""
 
 
 def _look(model: Model, item: Item) -> Anatomy:
     attention = {layer: model.tap.layers[layer]._module for layer in model.layers}
-    stack, place = _stack(model.module, attention)
+    stack, place = stack_of(model.module, attention)
     passed: dict[nn.Module, tuple[Tensor, Any]] = {}
     given: dict[int, nn.Module] = {}
     z: dict[int, Tensor] = {}
 
     def block(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module in passed:
-            raise _Unfit("a block runs more than once in a forward")
+            raise Unfit("a block runs more than once in a forward")
         passed[module] = _hidden(args, kwargs), output
 
     def look(value: Tensor, call: AttentionCall) -> None:
@@ -175,17 +175,17 @@ def _look(model: Model, item: Item) -> Anatomy:
                     hooks.callback(part.register_forward_pre_hook(inner).remove)
         logits(model, [item], Edit(site="z", function=look))
     if missing := [layer for layer in attention if layer not in given]:
-        raise _Unfit(f"no module of layer {missing[0]} is given z as it is")
+        raise Unfit(f"no module of layer {missing[0]} is given z as it is")
     if any(module not in passed for module in stack):
-        raise _Unfit("not all blocks ran")
+        raise Unfit("not all blocks ran")
     results = [passed[module][1] for module in stack]
     for before, after in pairwise(stack):
         if not _same(_first(passed[before][1]), passed[after][0]):
-            raise _Unfit("what goes into a block is not what the block before it returned")
+            raise Unfit("what goes into a block is not what the block before it returned")
     return Anatomy(stack, place, given, [isinstance(r, tuple) for r in results])
 
 
-def _stack(
+def stack_of(
     module: nn.Module, attention: Mapping[int, nn.Module]
 ) -> tuple[list[nn.Module], dict[int, int]]:
     """The list of blocks that holds all attention modules, and the place of each layer in it."""
@@ -197,7 +197,7 @@ def _stack(
             }
             if len(place) == len(attention) == len(set(place.values())):
                 return list(candidate), place
-    raise _Unfit("its layers are not blocks of one list")
+    raise Unfit("its layers are not blocks of one list")
 
 
 @contextmanager
@@ -244,7 +244,7 @@ def _skipped(module: nn.Module, is_tuple: bool) -> Iterator[None]:
 def _hidden(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     if not isinstance(hidden, Tensor) or hidden.ndim != 3:
-        raise _Unfit("a block is not given hidden states (batch, position, width)")
+        raise Unfit("a block is not given hidden states (batch, position, width)")
     return hidden
 
 
@@ -253,7 +253,7 @@ def _first(output: Any) -> Any:
     if not isinstance(output, tuple):
         return output
     if any(isinstance(other, Tensor) for other in output[1:]):
-        raise _Unfit("a block returns more than its hidden states")
+        raise Unfit("a block returns more than its hidden states")
     return output[0] if output else None
 
 

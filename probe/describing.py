@@ -45,6 +45,23 @@ def as_data(intervention: Intervention) -> dict[str, Any]:
         ) from None
 
 
+def described(value: Any, name: str) -> Any:
+    """A value that shapes numbers, as JSON data: see `as_data`.
+
+    Args:
+        value: Numbers, texts, tensors, functions, dataclasses, and lists and dicts of these.
+        name: For messages.
+
+    Raises:
+        InputError: It cannot be recorded.
+
+    Example:
+        >>> described({"heads": [(0, 1)], "factor": 0.5}, "options")
+        {'heads': [[0, 1]], 'factor': 0.5}
+    """
+    return _plain(value, name)
+
+
 def _fields(one: Any, name: str) -> dict[str, Any]:
     """A dataclass as its class and the fields by which it is compared: others are its state."""
     kind = type(one)

@@ -183,7 +183,7 @@ def _outcomes(
         except Exception as error:
             if len(batch) > 1:
                 half = len(batch) // 2
-                if _out_of_memory(error) and half < limit:
+                if out_of_memory(error) and half < limit:
                     limit = half
                     log.warning("out of memory; going on with batches of %d problems", limit)
                 queue += [batch[half:], batch[:half]]
@@ -205,7 +205,8 @@ def _hopeless(error: Exception, failed: int, work: Work) -> bool:
     return failed >= _HOPELESS or all_refused
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran short, on a GPU or elsewhere."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )

@@ -1,6 +1,6 @@
 """Which heads and which tokens an intervention names, in one attention call."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -55,12 +55,22 @@ def require_heads(layers: Selector, heads: Heads) -> None:
         )
 
 
-def heads_in(call: AttentionCall, layers: Selector, heads: Any) -> tuple[int, ...]:
-    """The absolute query heads that are named in the layer of a call; none if it is not named."""
+def heads_in(
+    call: AttentionCall, layers: Selector, heads: Any, *, size: int | None = None
+) -> tuple[int, ...]:
+    """The absolute heads that are named in the layer of a call; none if it is not named.
+
+    Args:
+        call: The attention call.
+        layers: Which layers, where heads are no pairs.
+        heads: Which heads.
+        size: How many there are; default the query heads.
+    """
+    size = call.n_heads if size is None else size
     if are_pairs(heads):
         own = [h for layer, h in heads if _layer(layer, call) == call.layer]
-        return selection.axis(own, call.n_heads, "heads") if own else ()
-    return selection.axis(heads, call.n_heads, "heads") if names(layers, call) else ()
+        return selection.axis(own, size, "heads") if own else ()
+    return selection.axis(heads, size, "heads") if names(layers, call) else ()
 
 
 def _layer(layer: int, call: AttentionCall) -> int:
@@ -116,3 +126,8 @@ def _absolute(key: int, prompt: int) -> int:
 def _require_once(found: Sequence[int], own: Sequence[int | None]) -> None:
     if len(set(found)) < len(found):
         raise InputError(f"keys={list(own)!r:.80} name a token twice. Name each once.")
+
+
+def chunks(values: range, size: int) -> Iterator[range]:
+    """A range in pieces of at most so many."""
+    return (values[start : start + size] for start in range(0, len(values), size))

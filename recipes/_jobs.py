@@ -63,6 +63,7 @@ def job(
     compute: Callable[..., Sequence[Reading]],
     texts: Sequence[str] = (),
     sizes: Mapping[str, int] | None = None,
+    alone: bool = False,
     options: Options,
 ) -> xr.Dataset:
     """Run an experiment into a store, or into memory.
@@ -76,6 +77,7 @@ def job(
         compute: See `probe.running.Work`.
         texts: Results that are texts, one for each problem.
         sizes: Lengths of dims that a store does not have by itself.
+        alone: Whether each problem is a batch of its own.
         options: How to run.
 
     Returns:
@@ -85,14 +87,14 @@ def job(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "results.zarr"
             inner = partial(job, model, todo, path, recipe=recipe, arrays=arrays, compute=compute)
-            return inner(texts=texts, sizes=sizes, options=options).load()
+            return inner(texts=texts, sizes=sizes, alone=alone, options=options).load()
     config = {name: todo.config[name] for name in _SHAPING} | {"recipe": dict(recipe)}
     specs = {name: schema.Array(tuple(dims), "float32", np.nan) for name, dims in arrays.items()}
     specs |= dict.fromkeys(texts, _TEXTS)
     lengths = todo.sizes | dict(sizes or {})
     work = Work(
         items=todo.items,
-        batches=todo.batches,
+        batches=[(i,) for i in range(len(todo.items))] if alone else todo.batches,
         config=config,
         size=_bytes(model, todo, specs, lengths),
         create=partial(_create, model, todo, config, specs, lengths),

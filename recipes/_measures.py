@@ -14,21 +14,28 @@ _ROWS = 256  # of logits that are widened at a time
 
 PER_TOKEN = ("delta_nll", "kl", "delta_logit", "base_rank", "rank")
 TARGET = ("base_p", "p", "delta_logit", "base_rank", "rank")
-
 Numbers = npt.NDArray[np.float64]
 
 
-def mean_nll(logits: Tensor, ids: Tensor, scored: Sequence[int]) -> float:
-    """Mean negative log-likelihood of some tokens, nats, float64; NaN of none.
+def nll_of(logits: Tensor, ids: Tensor) -> Numbers:
+    """Negative log-likelihood of each token but the first, nats: (position - 1) float64.
 
     Args:
-        logits: (position, vocabulary).
+        logits: (position, vocabulary), perhaps of more positions.
         ids: (position), the tokens.
-        scored: Positions of the tokens that count, from 1.
     """
-    nll = next_token_nll(logits[: len(ids)], ids).double().cpu()
-    chosen = nll[torch.tensor(scored, dtype=torch.long) - 1]
-    return float(chosen.mean()) if len(scored) else float("nan")
+    found: Numbers = next_token_nll(logits[: len(ids)], ids).double().cpu().numpy()
+    return found
+
+
+def mean_of(nll: Numbers, scored: Sequence[int]) -> float:
+    """The mean over some tokens, by position from 1; NaN of none."""
+    return float(nll[..., np.array(scored, dtype=int) - 1].mean()) if len(scored) else float("nan")
+
+
+def mean_nll(logits: Tensor, ids: Tensor, scored: Sequence[int]) -> float:
+    """Mean negative log-likelihood of some tokens, nats, float64; NaN of none."""
+    return mean_of(nll_of(logits, ids), scored)
 
 
 def accuracy(logits: Tensor, ids: Tensor, scored: Sequence[int]) -> float:

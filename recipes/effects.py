@@ -123,7 +123,7 @@ def effect(
         ones = [_of(one, batch) for one in interventions]
         base = logits(model, some)
         idle = logits(model, some, *map(NoOp, ones))
-        _require_same(base, idle, some)
+        require_same(base, idle, some)
         noop = _losses(idle, some, counted)
         del idle
         changed = logits(model, some, *ones)
@@ -249,7 +249,12 @@ def _require_fit(interventions: Sequence[Any], items: Sequence[Item]) -> None:
             )
 
 
-def _require_same(base: Tensor, idle: Tensor, items: Sequence[Item]) -> None:
+def require_same(base: Tensor, idle: Tensor, items: Sequence[Item]) -> None:
+    """Refuse a no-op that is none.
+
+    Raises:
+        WiringError: Logits (problem, position, vocabulary) differ in a bit.
+    """
     for before, after, item in zip(base, idle, items, strict=True):
         if not torch.equal(before[: item.length], after[: item.length]):
             apart = float((before - after)[: item.length].abs().max())

@@ -231,7 +231,7 @@ def dose_response(
     form = number_format(values)
     falls = np.append(values[1:] < values[:-1], True)
     for i in labelled:
-        if not math.isnan(values[i]):
+        if math.isfinite(values[i]):
             # Above the point, on the side that the line to the next one leaves free.
             side, ha = (6, "left") if falls[i] else (-6, "right")
             style: dict[str, Any] = {"ha": ha, "path_effects": [HALO]}
@@ -283,7 +283,7 @@ def cumulative(
     if baseline is not None:
         chance = one_each(baseline, n, "cumulative", "head")
         ax.plot(chance, color=MUTED, linestyle="--", linewidth=1.2, marker="" if n > 1 else ".")
-        for at in np.flatnonzero(~np.isnan(chance))[-1:]:
+        for at in np.flatnonzero(np.isfinite(chance))[-1:]:
             beside(ax, "random heads", at, chance[at], (8, 0), color=MUTED, va="center")
     ax.set_xlim(-0.5, max(n, 1) - 0.5)
     cell = ax.get_window_extent().width / max(n, 1) / ax.figure.dpi

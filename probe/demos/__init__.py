@@ -90,7 +90,7 @@ def instructed(
 
     Args:
         instruction: "copy", as in "=abc|abc", or "next", as in "+abc|bcd".
-        n: Contents; the model was trained on 5 to 12.
+        n: Contents; the model was trained on 5 to 12, and is lost beyond.
         count: Sequences.
         seed: Seed of the draw, which is the same for both instructions.
 

@@ -15,13 +15,11 @@ from torch import Tensor
 from probe.demos import CONTENTS, INSTRUCTIONS, SEPARATOR
 
 ALPHABET = "=+|" + string.ascii_lowercase + string.digits
-SETTINGS: dict[str, Any] = {
-    "vocab_size": 1 + len(ALPHABET),
-    "num_hidden_layers": 3,
-}
-# Chosen of 13 seeds, looked at every 25 steps: with the attention to the instruction scaled by 1, 0.5,
-# 0.1, 0.01 and 0, copying is right for 0.998, 0.973, 0.670, 0.255 and 0.226 of the output, within
-# 0.02. Any seed learns the task; what it does without the instruction differs from step to step.
+SETTINGS: dict[str, Any] = {"vocab_size": 1 + len(ALPHABET), "num_hidden_layers": 3}
+# Every seed learns the task, but what it does without the instruction differs from step to step.
+# Chosen of 13 seeds, looked at every 25 steps: with the attention to the instruction scaled by 1,
+# 0.5, 0.1, 0.01 and 0, a copy of 10 is right in 0.998, 0.973, 0.670, 0.255 and 0.226 of its tokens,
+# within 0.02.
 SEED, STEPS = 0, 1600
 BATCH = 48
 LENGTHS = (5, 12)  # contents in a sequence, inclusive

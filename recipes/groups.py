@@ -1,0 +1,205 @@
+"""Heads ablated together: in a given order one more at a time, or the worst next one each time.
+
+Heads that stand in for each other cost little alone and much together, which no sweep shows.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+import xarray as xr
+
+from probe import selection
+from probe.describing import described
+from probe.errors import InputError
+from probe.hearing import reading
+from probe.interventions import lasting
+from probe.model import Model
+from probe.plans import Item
+from probe.reading import logits
+from probe.running import Reading
+from probe.selection import Selector
+from recipes._ablate import Ablate, Mode
+from recipes._choosing import Pairs
+from recipes._jobs import Options, job, planned
+from recipes._measures import Numbers, accuracy, mean_nll
+from recipes.controls import NoOp, absolute
+from recipes.effects import require_same, scored_tokens
+from recipes.references import Reference
+
+
+def cumulative(
+    model: Model,
+    problems: object,
+    order: Pairs,
+    store: str | Path | None = None,
+    *,
+    mode: Mode = "zero",
+    reference: Reference | None = None,
+    tokens: Selector = None,
+    draws: int = 3,
+    seed: int = 0,
+    **options: Unpack[Options],
+) -> xr.Dataset:
+    """Ablate the first head of an order, the first two, and so on, beside random orders.
+
+    Args:
+        model: The model.
+        problems: An opened store or its folder, or whatever `probe.problems` reads.
+        order: (layer, head) pairs, as from `heads.rank`.
+        store: Folder for the results; the same call again resumes. Default: in memory.
+        mode: As for `Ablate`, without "frozen".
+        reference: For "mean", from `ablation.reference`.
+        tokens: Which tokens' predictions count: see `effects.effect`.
+        draws: Random orders of as many heads, of the whole model.
+        seed: Of the orders.
+        options: As for `effects.effect`.
+
+    Returns:
+        float32: `delta_loss` and `accuracy` (problem, size), size counting from 1, and `control`
+        (problem, draw, size), delta loss in random orders; `base_loss`, `base_accuracy` and `noop`
+        (problem). nats, signed.
+
+    Raises:
+        InputError: Something cannot be used; nothing has run.
+
+    Example:
+        >>> ds = cumulative(model, probe.demos.repeated(count=2), [(1, 0), (1, 1)], progress=False)
+        >>> ds.delta_loss.dims, ds.control.sizes["draw"]
+        (('problem', 'size'), 3)
+    """
+    pairs, tokens = absolute(order, model), lasting(tokens)
+    if len(set(pairs)) < len(pairs):
+        raise InputError(f"order={order!r:.80} names a head twice. Name each once.")
+    todo = planned(model, problems, options)
+    scored = [scored_tokens(model, item, tokens) for item in todo.items]
+    made = {"mode": mode, "reference": reference, "seed": seed}
+    whole = Ablate(pairs, **made)  # type: ignore[arg-type]
+    every = [(la, h) for la in model.layers for h in range(model.tap.shapes[la].heads)]
+    orders = [pairs, *(Random(f"{seed} {n}").sample(every, len(pairs)) for n in range(draws))]
+
+    def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
+        items, counted = [todo.items[i] for i in batch], [scored[i] for i in batch]
+        base = logits(model, items)
+        idle = logits(model, items, NoOp(whole))
+        require_same(base, idle, items)
+        before, right = _measured(base, items, counted)
+        noop = _measured(idle, items, counted)[0] - before
+        del idle
+        runs = np.empty((len(orders), len(pairs), 2, len(items)))
+        for n, some in enumerate(orders):
+            for size in range(len(pairs)):
+                one = Ablate(some[: size + 1], **made)  # type: ignore[arg-type]
+                runs[n, size] = _measured(logits(model, items, one), items, counted)
+        results = {
+            "base_loss": before,
+            "base_accuracy": right,
+            "noop": noop,
+            "delta_loss": runs[0, :, 0].T - before[:, None],
+            "accuracy": runs[0, :, 1].T,
+        }
+        if draws:
+            results["control"] = runs[1:, :, 0].transpose(2, 0, 1) - before[:, None, None]
+        losses = [
+            mean_nll(row, torch.tensor(item.token_ids), range(1, item.length))
+            for row, item in zip(base, items, strict=True)
+        ]
+        return [
+            Reading({k: v[n].astype("float32") for k, v in results.items()}, loss)
+            for n, loss in enumerate(losses)
+        ]
+
+    arrays = dict.fromkeys(("base_loss", "base_accuracy", "noop"), ("problem",))
+    arrays |= dict.fromkeys(("delta_loss", "accuracy"), ("problem", "size"))  # type: ignore[arg-type]
+    if draws:
+        arrays["control"] = ("problem", "draw", "size")  # type: ignore[assignment]
+    recipe = {
+        "name": "cumulative",
+        "order": [list(pair) for pair in pairs],
+        "mode": mode,
+        "reference": described(reference, "reference"),
+        "tokens": selection.as_data(tokens),
+        "draws": draws,
+        "seed": seed,
+    }
+    sizes = {"draw": max(draws, 1), "size": len(pairs)}
+    ds = job(
+        model, todo, store, recipe=recipe, arrays=arrays, compute=compute, sizes=sizes,
+        options=options,
+    )  # fmt: skip
+    return ds.assign_coords(size=range(1, len(pairs) + 1))
+
+
+def greedy(
+    model: Model,
+    problems: object,
+    n: int,
+    *,
+    candidates: Pairs | None = None,
+    mode: Mode = "zero",
+    reference: Reference | None = None,
+    tokens: Selector = None,
+    **options: Unpack[Options],
+) -> list[tuple[tuple[int, int], float]]:
+    """Ablate, one after the other, the head that costs most beside those that are out already.
+
+    Args:
+        model: The model.
+        problems: As for `cumulative`.
+        n: Heads to take out.
+        candidates: (layer, head) pairs to choose from; default all. Each step runs all of them.
+        mode: As for `Ablate`.
+        reference: Likewise.
+        tokens: As for `cumulative`.
+        options: `batch_size` and `max_length`.
+
+    Returns:
+        The heads in the order in which they were taken, each with the mean delta loss of all taken
+        so far, nats.
+
+    Raises:
+        InputError: There are fewer candidates.
+
+    Example:
+        >>> [pair for pair, _ in greedy(model, probe.demos.repeated(count=4), 1)]
+        [(0, 3)]
+    """
+    every = [(la, h) for la in model.layers for h in range(model.tap.shapes[la].heads)]
+    free = every if candidates is None else absolute(candidates, model)
+    if not 1 <= n <= len(free):
+        raise InputError(f"n={n!r} heads cannot be taken: there are {len(free)} candidates.")
+    todo, tokens = planned(model, problems, options), lasting(tokens)
+    scored = [scored_tokens(model, item, tokens) for item in todo.items]
+
+    def loss(pairs: Pairs) -> float:
+        ones = [Ablate(pairs, mode=mode, reference=reference)] if pairs else []
+        each = [
+            _measured(logits(model, [todo.items[i] for i in b], *ones),
+                      [todo.items[i] for i in b], [scored[i] for i in b])[0]
+            for b in todo.batches
+        ]  # fmt: skip
+        return float(np.nanmean(np.concatenate(each)))
+
+    taken: list[tuple[int, int]] = []
+    out = []
+    with reading(model.module):
+        base = loss([])
+        for _ in range(n):
+            costs = {pair: loss([*taken, pair]) for pair in free if pair not in taken}
+            worst = max(costs, key=lambda pair: costs[pair])
+            taken.append(worst)
+            out.append((worst, costs[worst] - base))
+    return out
+
+
+def _measured(rows: Any, items: Sequence[Item], scored: Sequence[Sequence[int]]) -> Numbers:
+    """Mean loss and accuracy of the chosen tokens of each problem: (2, problem) float64."""
+    ids = [torch.tensor(item.token_ids) for item in items]
+    each = list(zip(rows, ids, scored, strict=True))
+    return np.array([[mean_nll(*one) for one in each], [accuracy(*one) for one in each]])
+
+
+__all__ = ["cumulative", "greedy"]
