@@ -6,14 +6,22 @@ import json
 import operator
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
+from probe import demos
 from probe.errors import InputError
 
 FIELDS = ("text", "question", "prompt")
+
+_DEMOS: Mapping[str, Callable[[], list[list[int]]]] = {
+    "demo:repeated": demos.repeated,
+    "demo:copy": partial(demos.instructed, "copy"),
+    "demo:next": partial(demos.instructed, "next"),
+}
 
 _HF = re.compile(r"hf:(?P<name>[^:@]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:\[]+))?:(?P<split>.+)")
 
@@ -79,9 +87,10 @@ def problems(
     Args:
         source: A text; a list of texts, of dicts (read as lines of a jsonl file), of lists of token
             ids, or of `Problem`; the path of a .txt file, one problem a line, or of a .jsonl file;
-            "hf:NAME[@REVISION][:CONFIG]:SPLIT", a dataset of the Hugging Face hub; or an opened
-            store, whose finished problems are read again under their ids, as the token ids they
-            were, without what was generated after them.
+            "hf:NAME[@REVISION][:CONFIG]:SPLIT", a dataset of the Hugging Face hub;
+            "demo:repeated", "demo:copy" or "demo:next", what the demonstration models were made for
+            (see `probe.demos`); or an opened store, whose finished problems are read again under
+            their ids, as the token ids they were, without what was generated after them.
         text: The field that holds the text; without it `text`, else `question`, else `prompt`.
         n: How many to take; None for all.
         seed: With it, `random.Random(seed).sample(range(all), n)` chooses, in that order; without
@@ -114,6 +123,8 @@ def _items(source: object) -> tuple[str, Iterator[tuple[str, str, object]]]:
         isinstance(source, str) and source.endswith((".txt", ".jsonl")) and "\n" not in source
     ):
         return _file(Path(source))
+    if isinstance(source, str) and source in _DEMOS:
+        return source, ((source, str(i), ids) for i, ids in enumerate(_DEMOS[source]()))
     if isinstance(source, str) and source.startswith("hf:"):
         rows = _dataset(source)
         return source, ((f"{source} row {i}", str(i), row) for i, row in enumerate(rows))

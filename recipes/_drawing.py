@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, get_font_names
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 
 MOST_LABELS = 40  # beyond this many, token labels are thinned
@@ -30,6 +31,7 @@ CJK = ("Noto Sans CJK JP", "Hiragino Sans", "Yu Gothic", "Microsoft YaHei", "Wen
 SKEWED = 20  # times the median: a number this large gets a log scale
 LINE = "#2166ac"  # the blue of RdBu
 INK, MUTED, MISSING = "#1f2933", "#52606d", "#e4e7eb"
+HALO = withStroke(linewidth=2, foreground="white")
 
 
 def new_figure(width: float, height: float) -> Figure:

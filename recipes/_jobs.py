@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+import numpy.typing as npt
+import torch
 import xarray as xr
+from torch import Tensor
 
 import probe
 from probe import schema, store
 from probe.errors import InputError
 from probe.model import Model
-from probe.plans import Plan
+from probe.plans import Item, Plan
 from probe.running import OnError, Reading, Work, run
+from recipes._measures import mean_nll
 
 _TOGETHER = 8  # problems whose results a killed run may have to compute again
 _TEXTS = schema.Array(("problem",), "string", "")
@@ -51,6 +55,28 @@ def planned(model: Model, problems: object, options: Options, **more: Any) -> Pl
         raise InputError(f"there is no option {min(unknown)!r}. Choose from {known}.")
     limits = {name: options.get(name) for name in ("batch_size", "max_length")}
     return probe.plan(model, problems, **limits, **more)  # type: ignore[arg-type]
+
+
+def readings(
+    results: Mapping[str, Sequence[Any]], base: Tensor, items: Sequence[Item]
+) -> list[Reading]:
+    """What was computed of each problem of a batch.
+
+    Args:
+        results: By name, one for each problem: numbers, arrays, or texts.
+        base: (problem, position, vocabulary) logits of the unchanged model, for the loss.
+        items: The problems.
+    """
+    out = []
+    for n, item in enumerate(items):
+        arrays = {name: _array(values[n]) for name, values in results.items()}
+        loss = mean_nll(base[n], torch.tensor(item.token_ids), range(1, item.length))
+        out.append(Reading(arrays, loss))
+    return out
+
+
+def _array(value: Any) -> npt.NDArray[Any]:
+    return np.array(value, dtype=object if isinstance(value, str) else "float32")
 
 
 def job(

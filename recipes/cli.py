@@ -12,11 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import probe
 from probe.errors import InputError, ProbeError, WiringError
+from recipes import cli_changes
+from recipes._cli import (
+    MaxLength,
+    ModelName,
+    Number,
+    Overwrite,
+    Seed,
+    Selector,
+    Text,
+    echo_failures,
+    progress,
+    quiet,
+    save,
+    selector,
+    table,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,10 +42,11 @@ app = typer.Typer(
     help="Read attention in any Hugging Face model, into labelled stores, and measure it.",
 )
 
-ModelName = Annotated[str, typer.Argument(help="Hub name, local folder or demo-llama, ...")]
+for command in (cli_changes.suppress, cli_changes.ablate, cli_changes.relevance):
+    app.command()(command)
+
 Store = Annotated[Path, typer.Argument(help="Folder of a store.")]
 Metric = Annotated[str, typer.Argument(help="heads.induction, flow.hub, or any importable one.")]
-Selector = Annotated[str | None, typer.Option(help="3, -1, 0,2,5, 2:8; rows and keys: last:6.")]
 
 
 def main() -> None:
@@ -56,7 +71,7 @@ def demo(
     ),
 ) -> None:
     """Find the induction heads of a shipped model, and draw them."""
-    _quiet()
+    quiet()
     from recipes import demo as recipe
     from recipes import heads
 
@@ -66,7 +81,7 @@ def demo(
         (row.label, *(f"{float(x.sel(layer=row.layer, head=row.head)):.3f}" for x in both.values()))
         for row in heads.rank(found.induction, top=None)
     ]
-    _table(("head", *both), rows)
+    table(("head", *both), rows)
     for kind, scores in (("induction", found.induction), ("previous-token", found.previous)):
         named = [r for r in heads.rank(scores, top=None) if r.score > recipe.THRESHOLD]
         listed = ", ".join(f"{r.label} ({r.score:.2f})" for r in named) or "none"
@@ -91,7 +106,7 @@ def check(
         raise InputError("check what? Give a model, or --all for every architecture.")
     if not every and (as_json or markdown is not None):
         raise InputError("--json and --markdown go with --all. Leave them out, or the model.")
-    _quiet()
+    quiet()
     if model is None:
         _check_all(as_json, markdown)
         return
@@ -115,9 +130,9 @@ def capture(
     model: ModelName,
     problems: Annotated[str, typer.Argument(help="Text, .txt, .jsonl or hf:NAME:CONFIG:SPLIT.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the store.")],
-    text: Annotated[str | None, typer.Option(help="Field of a jsonl file.")] = None,
-    n: Annotated[int | None, typer.Option("-n", help="Problems to take.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Draw them with this seed.")] = None,
+    text: Text = None,
+    n: Number = None,
+    seed: Seed = None,
     sites: Annotated[
         str, typer.Option(help="pattern, scores, z, or several: pattern,z.")
     ] = "pattern",
@@ -127,14 +142,14 @@ def capture(
     keys: Selector = None,
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     batch_size: Annotated[int | None, typer.Option(help="Problems in a batch at most.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Cut problems to so many tokens.")] = None,
+    max_length: MaxLength = None,
     max_new_tokens: Annotated[int, typer.Option(help="Let the model go on so far.")] = 0,
     on_error: Annotated[str, typer.Option(help="record or raise.")] = "record",
-    overwrite: Annotated[bool, typer.Option(help="Replace a store that is there.")] = False,
+    overwrite: Overwrite = False,
     plan: Annotated[bool, typer.Option(help="Only say what would be done.")] = False,
 ) -> None:
     """Run problems through a model into a store; the same command again resumes."""
-    _quiet()
+    quiet()
     chosen = probe.problems(problems, text=text, n=n, seed=seed)
     options: dict[str, Any] = {
         "sites": tuple(sites.split(",")),
@@ -153,8 +168,8 @@ def capture(
             return
         more: dict[str, Any] = {"on_error": on_error, "overwrite": overwrite}
         ds = probe.capture(loaded, chosen, out, **options, **more)
-    typer.echo(f"{_progress(ds)}: {out}")
-    _echo_failures(ds)
+    typer.echo(f"{progress(ds)}: {out}")
+    echo_failures(ds)
 
 
 @app.command()
@@ -167,7 +182,7 @@ def info(
     sizes = [size for size in map(_size, store.expanduser().rglob("*")) if size is not None]
     story = {k: v for k, v in ds.attrs.items() if k not in ("config", "coordinates", "layout")}
     facts = {
-        "done": _progress(ds),
+        "done": progress(ds),
         "dims": {str(k): v for k, v in ds.sizes.items()},
         "tokens": int(ds.length.sum()),
         "bytes": sum(sizes),
@@ -179,8 +194,8 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    _table(("", str(store)), [(name, _plain(value)) for name, value in facts.items()])
-    _echo_failures(ds)
+    table(("", str(store)), [(name, _plain(value)) for name, value in facts.items()])
+    echo_failures(ds)
 
 
 @app.command()
@@ -199,7 +214,7 @@ def rank(
         raise InputError(
             f"{metric} gives no head a number: the store has no done problem that it can measure."
         )
-    _table(("head", metric), [(row.label, f"{row.score:.4f}") for row in rows])
+    table(("head", metric), [(row.label, f"{row.score:.4f}") for row in rows])
 
 
 @app.command()
@@ -223,13 +238,7 @@ def plot(
         )
     else:
         figure = _draw_patterns(ds, problem, layer, head)
-    assert figure is not None
-    out = out if out.suffix else out.with_suffix(".png")
-    try:
-        figure.savefig(out, dpi=160)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{out} cannot be written: {error}.") from error
-    typer.echo(out)
+    save(figure, out)
 
 
 def _check_all(as_json: bool, markdown: Path | None) -> None:
@@ -249,34 +258,15 @@ def _check_all(as_json: bool, markdown: Path | None) -> None:
     else:
         captured = [architectures.cells(row) for row in rows if row.outcome == "captured"]
         others = [architectures.cells(row) for row in rows if row.outcome != "captured"]
-        _table(architectures.HEADINGS, captured)
+        table(architectures.HEADINGS, captured)
         typer.echo()
-        _table(architectures.OTHER_HEADINGS, others)
+        table(architectures.OTHER_HEADINGS, others)
     typer.echo(architectures.summary(rows), err=as_json)
     if wrong := [row.model_type for row in rows if row.outcome == "WRONG"]:
         raise WiringError(
             f"what is read of {', '.join(wrong)} is not what the model computes. Do not capture "
             "such models with these versions."
         )
-
-
-def selector(text: str | None) -> Any:
-    """A selection as typed: 3, -1, 0,2,5, 2:8, or a name such as last:6.
-
-    Example:
-        >>> selector("0,2"), selector("2:"), selector("last:6")
-        ([0, 2], slice(2, None, None), 'last:6')
-    """
-    if text is None:
-        return None
-    try:
-        if "," in text:
-            return [int(part) for part in text.split(",")]
-        if ":" in text:
-            return slice(*(int(part) if part else None for part in text.split(":")))
-        return int(text)
-    except (ValueError, TypeError):
-        return text
 
 
 def _scores(metric: str, ds: "xr.Dataset") -> "xr.DataArray":
@@ -348,12 +338,6 @@ def _draw_patterns(
     return axes.get_figure(root=True)
 
 
-def _progress(ds: "xr.Dataset") -> str:
-    done, known = int((ds.status == 1).sum()), ds.attrs.get("problems", {})
-    failed = ds.sizes["problem"] - done
-    return f"{done} problems done, {failed} failed" + (f" of {known['n']}" if "n" in known else "")
-
-
 def _size(file: Path) -> int | None:
     """Bytes of a file; None for a folder, and for what a running capture has just renamed."""
     try:
@@ -368,25 +352,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_plain, value)) or "none"
     return "-" if value is None else str(value)
-
-
-def _echo_failures(ds: "xr.Dataset") -> None:
-    failed = ds.isel(problem=(ds.status == 2).values)
-    for name, reason in zip(failed.problem.values, failed.error.values, strict=True):
-        typer.echo(f"failed: {name}: {reason}", err=True)
-
-
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def _quiet() -> None:
-    """Keep transformers' own progress bars out of the way of ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ from probe.reading import generated, logits
 from probe.running import Reading
 from probe.selection import Selector
 from recipes._choosing import are_per_item
-from recipes._jobs import Options, job, planned
+from recipes._jobs import Options, job, planned, readings
 from recipes._measures import PER_TOKEN, TARGET, accuracy, arrays_of, mean_nll, of_target, per_token
 from recipes.controls import NoOp, elsewhere
 
@@ -121,9 +121,7 @@ def effect(
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         some, counted = [items[i] for i in batch], [scored[i] for i in batch]
         ones = [_of(one, batch) for one in interventions]
-        base = logits(model, some)
-        idle = logits(model, some, *map(NoOp, ones))
-        require_same(base, idle, some)
+        base, idle = unchanged(model, some, *ones)
         noop = _losses(idle, some, counted)
         del idle
         changed = logits(model, some, *ones)
@@ -131,8 +129,7 @@ def effect(
             _compared(items[i], base[n], changed[n], scored[i], wanted[i])
             for n, i in enumerate(batch)
         ]
-        whole = [_loss(row, item) for row, item in zip(base, some, strict=True)]
-        del base, changed
+        del changed
         for one, loss in zip(found, noop, strict=True):
             one["noop"] = loss - one["base_loss"]
         if controlled:
@@ -148,7 +145,7 @@ def effect(
                 one["control"] = np.array(losses) - one["base_loss"]
         if max_new_tokens:
             _add_texts(model, some, ones, max_new_tokens, found)
-        return [Reading(_arrays(one), loss) for one, loss in zip(found, whole, strict=True)]
+        return readings({name: [one[name] for one in found] for name in found[0]}, base, some)
 
     return job(
         model,
@@ -249,6 +246,20 @@ def _require_fit(interventions: Sequence[Any], items: Sequence[Item]) -> None:
             )
 
 
+def unchanged(
+    model: Model, items: Sequence[Item], *interventions: Intervention
+) -> tuple[Tensor, Tensor]:
+    """Logits (problem, position, vocabulary) of a batch, and the same under a no-op.
+
+    Raises:
+        WiringError: They differ in a bit.
+    """
+    base = logits(model, items)
+    idle = logits(model, items, *map(NoOp, interventions))
+    require_same(base, idle, items)
+    return base, idle
+
+
 def require_same(base: Tensor, idle: Tensor, items: Sequence[Item]) -> None:
     """Refuse a no-op that is none.
 
@@ -309,14 +320,3 @@ def _add_texts(
     for name, ones in (("base_text", ()), ("text", interventions)):
         for one, new in zip(found, generated(model, items, ones, most), strict=True):
             one[name] = "".join(model.text.decode(new))
-
-
-def _loss(row: Tensor, item: Item) -> float:
-    return mean_nll(row, torch.tensor(item.token_ids), range(1, item.length))
-
-
-def _arrays(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: np.array(value, dtype=object if isinstance(value, str) else "float32")
-        for name, value in found.items()
-    }

@@ -24,10 +24,10 @@ from probe.running import Reading
 from probe.selection import Selector
 from recipes._ablate import Ablate, Mode
 from recipes._choosing import Pairs
-from recipes._jobs import Options, job, planned
+from recipes._jobs import Options, job, planned, readings
 from recipes._measures import Numbers, accuracy, mean_nll
-from recipes.controls import NoOp, absolute
-from recipes.effects import require_same, scored_tokens
+from recipes.controls import absolute
+from recipes.effects import scored_tokens, unchanged
 from recipes.references import Reference
 
 
@@ -83,9 +83,7 @@ def cumulative(
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         items, counted = [todo.items[i] for i in batch], [scored[i] for i in batch]
-        base = logits(model, items)
-        idle = logits(model, items, NoOp(whole))
-        require_same(base, idle, items)
+        base, idle = unchanged(model, items, whole)
         before, right = _measured(base, items, counted)
         noop = _measured(idle, items, counted)[0] - before
         del idle
@@ -103,14 +101,7 @@ def cumulative(
         }
         if draws:
             results["control"] = runs[1:, :, 0].transpose(2, 0, 1) - before[:, None, None]
-        losses = [
-            mean_nll(row, torch.tensor(item.token_ids), range(1, item.length))
-            for row, item in zip(base, items, strict=True)
-        ]
-        return [
-            Reading({k: v[n].astype("float32") for k, v in results.items()}, loss)
-            for n, loss in enumerate(losses)
-        ]
+        return readings(results, base, items)
 
     arrays = dict.fromkeys(("base_loss", "base_accuracy", "noop"), ("problem",))
     arrays |= dict.fromkeys(("delta_loss", "accuracy"), ("problem", "size"))  # type: ignore[arg-type]

@@ -37,7 +37,8 @@ from recipes._drawing import (
     values_of,
     write_numbers,
 )
-from recipes.plots_effects import cumulative, dose_response, effect_map, token_strip
+from recipes.plots_curves import cumulative, dose_response
+from recipes.plots_effects import effect_map, token_strip
 
 __all__ = [
     "cumulative",

@@ -53,7 +53,7 @@ def bootstrap(
     Returns:
         mean, low, high: (…) float64, in the unit of x. A constant cell has low = high = mean. NaN
         for fewer than 2 problems, and low and high where BCa is undefined for lack of draws.
-        n: (…) integer, problems used.
+        n: (…) integer, problems used. The attribute `level` is kept.
 
     Raises:
         InputError: Not a DataArray, no such dim, fewer than 2 problems, an infinite value, `level`
@@ -74,7 +74,8 @@ def bootstrap(
     options = {"confidence_level": level, "n_resamples": draws, "method": method, "rng": seed}
     varies = x.max(dim) > x.min(dim)  # BCa divides by the spread
     low, high = (_cells(n, bound).where(varies, mean) for bound in _bounds(_table(x), options))
-    return xr.Dataset({"mean": mean, "low": low, "high": high, "n": n})
+    found = {"mean": mean, "low": low, "high": high, "n": n}
+    return xr.Dataset(found, attrs={"level": level})
 
 
 def _bounds(table: Array, options: dict[str, Any]) -> Array:

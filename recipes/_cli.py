@@ -1,0 +1,88 @@
+"""What the commands share: how arguments are typed, and how results are told."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from probe.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.figure import Figure
+
+ModelName = Annotated[str, typer.Argument(help="Hub name, local folder or demo-llama, ...")]
+Text = Annotated[str | None, typer.Option(help="Field of a jsonl file.")]
+Number = Annotated[int | None, typer.Option("-n", help="Problems to take.")]
+Seed = Annotated[int | None, typer.Option(help="Draw them with this seed.")]
+Selector = Annotated[str | None, typer.Option(help="3, -1, 0,2,5, 2:8; rows and keys: last:6.")]
+MaxLength = Annotated[int | None, typer.Option(help="Cut problems to so many tokens.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a store that is there.")]
+
+
+def selector(text: str | None) -> Any:
+    """A selection as typed: 3, -1, 0,2,5, 2:8, or a name such as last:6.
+
+    Example:
+        >>> selector("0,2"), selector("2:"), selector("last:6")
+        ([0, 2], slice(2, None, None), 'last:6')
+    """
+    if text is None:
+        return None
+    try:
+        if "," in text:
+            return [int(part) for part in text.split(",")]
+        if ":" in text:
+            return slice(*(int(part) if part else None for part in text.split(":")))
+        return int(text)
+    except (ValueError, TypeError):
+        return text
+
+
+def progress(ds: "xr.Dataset") -> str:
+    done, known = int((ds.status == 1).sum()), ds.attrs.get("problems", {})
+    failed = ds.sizes["problem"] - done
+    return f"{done} problems done, {failed} failed" + (f" of {known['n']}" if "n" in known else "")
+
+
+def echo_failures(ds: "xr.Dataset") -> None:
+    failed = ds.isel(problem=(ds.status == 2).values)
+    for name, reason in zip(failed.problem.values, failed.error.values, strict=True):
+        typer.echo(f"failed: {name}: {reason}", err=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout."""
+    grid = Table(box=None, pad_edge=False)
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*(escape(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 200).print(grid)
+
+
+def quiet() -> None:
+    """Keep transformers' own progress bars out of the way of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def save(figure: "Figure | None", out: Path) -> None:
+    """Write a picture, and say where.
+
+    Raises:
+        InputError: It cannot be written there, or not in this format.
+    """
+    assert figure is not None
+    out = out if out.suffix else out.with_suffix(".png")
+    try:
+        figure.savefig(out, dpi=160)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out} cannot be written: {error}.") from error
+    typer.echo(out)

@@ -1,0 +1,185 @@
+"""The same intervention in several strengths, and in a window that moves through the layers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from probe import selection
+from probe.describing import as_data
+from probe.errors import InputError
+from probe.interventions import lasting
+from probe.model import Model
+from probe.reading import logits
+from probe.running import Reading
+from probe.selection import Selector
+from recipes._jobs import Options, job, planned, readings
+from recipes._measures import accuracy, mean_nll, of_target
+from recipes._suppress import Knockout, Steer, Suppress, window
+from recipes.effects import Target, scored_tokens, targets, unchanged
+
+
+def dose_response(
+    model: Model,
+    problems: object,
+    one: Suppress | Steer,
+    factors: Sequence[float],
+    store: str | Path | None = None,
+    *,
+    tokens: Selector = None,
+    **options: Unpack[Options],
+) -> xr.Dataset:
+    """Run a suppression with several factors.
+
+    Args:
+        model: The model.
+        problems: An opened store or its folder, or whatever `probe.problems` reads.
+        one: What to do; its own factor is replaced by each of these.
+        factors: At least 0, each once.
+        store: Folder for the results; the same call again resumes. Default: in memory.
+        tokens: Which tokens' predictions count: see `effects.effect`.
+        options: As for `effects.effect`.
+
+    Returns:
+        float32: `accuracy` and `delta_loss` (problem, factor), and `base_accuracy`, `base_loss`,
+        `noop` (problem); nats, signed.
+
+    Raises:
+        InputError: Something cannot be used; nothing has run.
+
+    Example:
+        >>> ds = dose_response(model, ["abcabc"], Suppress(keys=1), [1, 0.1, 0], progress=False)
+        >>> ds.delta_loss.sel(factor=1).item()
+        0.0
+    """
+    doses = [float(factor) for factor in factors]
+    if not doses or len(set(doses)) < len(doses):
+        raise InputError(f"factors={factors!r:.80}. Give at least one, each once.")
+    each = [replace(one, factor=factor) for factor in doses]
+    tokens = lasting(tokens)
+    todo = planned(model, problems, options)
+    scored = [scored_tokens(model, item, tokens) for item in todo.items]
+
+    def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
+        items = [todo.items[i] for i in batch]
+        base, idle = unchanged(model, items, each[0])
+        ids, counted = [torch.tensor(i.token_ids) for i in items], [scored[i] for i in batch]
+
+        def measured(rows: Tensor) -> list[tuple[float, float]]:
+            each = list(zip(rows, ids, counted, strict=True))
+            return [(accuracy(*one), mean_nll(*one)) for one in each]
+
+        runs = [measured(base), measured(idle)]
+        runs += [measured(logits(model, items, dose)) for dose in each]
+        table = np.array(runs)  # (run, problem, accuracy and loss)
+        results = {
+            "base_accuracy": table[0, :, 0],
+            "base_loss": table[0, :, 1],
+            "noop": table[1, :, 1] - table[0, :, 1],
+            "accuracy": table[2:, :, 0].T,
+            "delta_loss": (table[2:, :, 1] - table[0, :, 1]).T,
+        }
+        return readings(results, base, items)
+
+    arrays: dict[str, Sequence[str]] = dict.fromkeys(
+        ("base_accuracy", "base_loss", "noop"), ("problem",)
+    )
+    arrays |= dict.fromkeys(("accuracy", "delta_loss"), ("problem", "factor"))
+    recipe = {
+        "name": "dose_response",
+        "intervention": as_data(replace(one, factor=1.0)),
+        "factors": doses,
+        "tokens": selection.as_data(tokens),
+    }
+    ds = job(
+        model, todo, store, recipe=recipe, arrays=arrays, compute=compute,
+        sizes={"factor": len(doses)}, options=options,
+    )  # fmt: skip
+    return ds.assign_coords(factor=doses)
+
+
+def knockout_by_layer(
+    model: Model,
+    problems: object,
+    one: Knockout,
+    store: str | Path | None = None,
+    *,
+    width: int = 1,
+    target: Target = None,
+    **options: Unpack[Options],
+) -> xr.Dataset:
+    """Knock edges out in a window of layers around each layer (Geva et al. 2023, arXiv 2304.14767).
+
+    Args:
+        model: The model.
+        problems: An opened store or its folder, or whatever `probe.problems` reads.
+        one: The edges; its layers are replaced by those of each window.
+        store: Folder for the results; the same call again resumes. Default: in memory.
+        width: Layers in a window: see `suppression.window` (the paper: 9 of GPT-2 XL's 48).
+        target: The token that may come next: see `effects.effect`.
+        options: As for `effects.effect`.
+
+    Returns:
+        float32 (problem, layer), the layer being the middle of the window: `target_p`, the
+        target's probability, and `relative`, 100 (p_blocked - p) / p in percent, as the paper draws
+        it; `delta_logit`; (problem): `target`, `target_base_p` and `noop` (of its logit).
+
+    Raises:
+        InputError: Something cannot be used; nothing has run.
+
+    Example:
+        >>> one = Knockout(queries="last:1", keys=slice(1, -1))
+        >>> knockout_by_layer(model, ["abcabc"], one, progress=False).relative.dims
+        ('problem', 'layer')
+    """
+    todo = planned(model, problems, options)
+    wanted = targets(model, todo.items, target)
+    each = [replace(one, layers=window(la, width, model.n_layers)) for la in model.layers]
+
+    def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
+        items = [todo.items[i] for i in batch]
+        base, idle = unchanged(model, items, each[0])
+        lasts = [item.length - 1 for item in items]
+        chosen = [
+            int(base[n, last].argmax()) if wanted[i] is None else wanted[i]
+            for n, (i, last) in enumerate(zip(batch, lasts, strict=True))
+        ]
+
+        def followed(rows: Any) -> list[dict[str, float]]:
+            return [of_target(base[n, last], rows[n, last], chosen[n])  # type: ignore[arg-type]
+                    for n, last in enumerate(lasts)]  # fmt: skip
+
+        runs = [followed(logits(model, items, one)) for one in each]
+        p, delta = (
+            np.array([[x[name] for x in run] for run in runs]).T for name in ("p", "delta_logit")
+        )
+        before = np.array([x["base_p"] for x in runs[0]])
+        results = {
+            "target": np.array(chosen, float),
+            "target_base_p": before,
+            "noop": np.array([x["delta_logit"] for x in followed(idle)]),
+            "target_p": p,
+            "relative": 100 * (p - before[:, None]) / before[:, None],
+            "delta_logit": delta,
+        }
+        return readings(results, base, items)
+
+    arrays: dict[str, Sequence[str]] = dict.fromkeys(
+        ("target", "target_base_p", "noop"), ("problem",)
+    )
+    arrays |= dict.fromkeys(("target_p", "relative", "delta_logit"), ("problem", "layer"))
+    recipe = {
+        "name": "knockout_by_layer",
+        "intervention": as_data(replace(one, layers=None)),
+        "width": width,
+        "target": wanted if target is not None else None,
+    }
+    return job(model, todo, store, recipe=recipe, arrays=arrays, compute=compute, options=options)
+
+
+__all__ = ["dose_response", "knockout_by_layer"]
