@@ -19,12 +19,12 @@ from probe.indexing import take
 from probe.interventions import Site, lasting
 from probe.matrices import Readable
 from probe.schema import Labels
-from probe.selection import Selector
+from probe.selection import Selector, Texts
 from probe.tap import Tap, run
 from probe.text import Text
 
 # The segments of some tokens, and what gives their texts.
-Words = tuple[Sequence[str], Callable[[], Sequence[str]] | None]
+Words = tuple[Sequence[str], Texts | None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,9 @@ from probe.errors import InputError
 
 Selector = int | slice | Sequence[int] | str | None
 
+# What gives the texts of some tokens: see `named`.
+Texts = Callable[..., Sequence[str]]
+
 _ENDS = re.compile(r"(first|last):([0-9]+)")
 _NAMED = ("segment:", "text:", "regex:")
 
@@ -49,7 +52,7 @@ def positions(
     *,
     name: str,
     problem: str,
-    tokens: Callable[[], Sequence[str]] | None = None,
+    tokens: Texts | None = None,
 ) -> tuple[int, ...]:
     """Resolve a selection of rows or columns within one problem.
 
@@ -58,7 +61,7 @@ def positions(
             the problem has fewer); or "segment:latent", "text: not", "regex:[0-9]+": see `named`.
         length: Tokens in the problem.
         segments: Segment of each token, `length` of them.
-        tokens: Gives the text of each token, when they are named by it.
+        tokens: Gives the text of each token, when they are named by it: see `named`.
         name: "queries" or "keys", for messages.
         problem: Id of the problem, for messages.
 
@@ -78,7 +81,7 @@ def positions(
     if not isinstance(selector, str):
         return _resolve(selector, length, name, noun, where)
     if is_name(selector):
-        chosen = named(selector, segments or (), tokens or tuple, name=name)
+        chosen = named(selector, segments or (), tokens or _no_texts, name=name)
         if not chosen:
             raise InputError(_unnamed(selector, segments or (), name, problem))
         return chosen
@@ -119,7 +122,7 @@ def is_name(selector: Selector) -> bool:
 def named(
     selector: str,
     segments: Sequence[str],
-    tokens: Callable[[], Sequence[str]],
+    tokens: Texts,
     *,
     name: str = "keys",
 ) -> tuple[int, ...]:
@@ -129,9 +132,10 @@ def named(
         selector: "segment:latent": tokens of that segment. "text: not": tokens that say just this,
             alone or several in a row, wherever they occur (so not the first half of " nothing").
             "regex:[0-9]+": tokens of which a regular expression matches any part, in all their
-            texts joined.
+            texts joined, those of special tokens left out.
         segments: Segment of each token.
-        tokens: Gives the text of each token; called only when texts are asked for.
+        tokens: `tokens(special=...)` gives the text of each token, "" for special tokens if
+            `special` is False; called only when texts are asked for.
         name: "queries" or "keys", for messages.
 
     Returns:
@@ -141,14 +145,15 @@ def named(
         InputError: The regular expression is none, or the tokens have no texts.
 
     Example:
-        >>> said = lambda: ["<bos>", "do", " no", "t", " stop", " not"]
+        >>> said = lambda special: ["<bos>", "do", " no", "t", " stop", " not"]
         >>> named("text: not", (), said), named("regex:n.t", (), said)
         ((2, 3, 5), (2, 3, 5))
     """
     kind, _, wanted = selector.partition(":")
     if kind == "segment":
         return tuple(n for n, segment in enumerate(segments) if segment == wanted)
-    expression, texts = _expression(selector, name), tokens()
+    expression = _expression(selector, name)
+    texts = tokens(special=expression is None)
     if not any(texts):
         raise InputError(
             f"{name}={selector!r} names tokens by their text, which is not known here: the model "
@@ -266,6 +271,10 @@ def _absolute(item: object, size: int, name: str, noun: str) -> int:
     if not -size <= index < size:
         raise InputError(f"{name}={index} is out of range: {noun}{_span(size)}.")
     return index % size
+
+
+def _no_texts(special: bool) -> Sequence[str]:
+    return ()
 
 
 def _expression(selector: str, name: str) -> re.Pattern[str] | None:

@@ -43,12 +43,18 @@ class Text:
                 f"{first_line(error)}. Change the text, or give token ids."
             ) from error
 
-    def decode(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token as text, the space before a word included; "" without a tokenizer."""
+    def decode(self, token_ids: Sequence[int], special: bool = True) -> list[str]:
+        """Each token as text, the space before a word included; "" without a tokenizer.
+
+        Args:
+            token_ids: The tokens.
+            special: Whether special tokens have a text too, as "<s>"; else theirs is "".
+        """
         if self.tokenizer is None:
             return [""] * len(token_ids)
         self._said |= {i: self._decode_one(i) for i in set(token_ids) - self._said.keys()}
-        return [self._said[i] for i in token_ids]
+        silent = () if special else set(getattr(self.tokenizer, "all_special_ids", ()))
+        return ["" if i in silent else self._said[i] for i in token_ids]
 
     def _decode_one(self, token: int) -> str:
         # Alone, a token may lose its leading space; after itself it keeps it.

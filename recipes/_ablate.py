@@ -48,6 +48,7 @@ class Ablate:
         [0.25, 0.25, 0.25, 0.25]
     """
 
+    __module__ = "recipes.ablation"  # by which a record names it
     heads: Heads = None
     mode: Mode = "zero"
     reference: Reference | Cache | None = None

@@ -39,11 +39,16 @@ def _flat(factor: Any) -> Iterable[Any]:
     return [value for part in factor for value in _flat(part)]
 
 
+def spread(chosen: Tensor, factor: float) -> Tensor:
+    """A factor where something is chosen and 1 elsewhere, float64."""
+    return torch.ones_like(chosen, dtype=torch.float64).masked_fill(chosen, factor)
+
+
 def of_columns(call: AttentionCall, keys: Any, factor: Any) -> Tensor:
     """The factor of every column, (batch or 1, key) float64."""
     at = where(call)
     if not isinstance(factor, Sequence):
-        return torch.where(columns(at, keys), factor, 1.0).double()
+        return spread(columns(at, keys), factor)
     nested = are_per_item(keys)
     return factors(at, keys if nested else [keys], factor if nested else [factor])
 

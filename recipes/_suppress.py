@@ -21,7 +21,17 @@ from recipes._choosing import (
     plain,
     require_heads,
 )
-from recipes._scaling import bias_of, multiplied, of_columns, require_factors, scaled, shifted
+from recipes._scaling import (
+    bias_of,
+    multiplied,
+    of_columns,
+    require_factors,
+    scaled,
+    shifted,
+    spread,
+)
+
+PUBLIC = "recipes.suppression"  # by which a record names them
 
 Mode = Literal["log_add", "logit_mul", "logit_mul_shifted", "prob_zero_no_renorm"]
 
@@ -68,6 +78,7 @@ class Suppress:
         ...     text = model.generate("abc", max_new_tokens=2)
     """
 
+    __module__ = PUBLIC
     keys: Keys
     factor: float | Sequence[float] | Sequence[Sequence[float]] | None = None
     mode: Mode = "log_add"
@@ -138,6 +149,7 @@ class Knockout:
         ...     logits = model("abcabc").logits
     """
 
+    __module__ = PUBLIC
     keys: Keys
     queries: Selector = None
     layers: Selector = None
@@ -178,6 +190,7 @@ class Steer:
         ...     text = model.generate("abcabc", max_new_tokens=2)
     """
 
+    __module__ = PUBLIC
     keys: Keys | Sequence[slice | str]
     factor: float = 0.01
     mode: Literal["exclude", "include"] = "exclude"
@@ -212,8 +225,8 @@ class Steer:
             scaled = scaled | columns(at, part)
         if self.mode == "exclude":
             scaled = ~scaled & (at.key >= 0) & (at.key < at.prompt[:, None])
-        edges = torch.where(scaled, self.factor, 1.0)[:, None, :].double()
-        yield Add(bias_of(call, edges.log().expand(-1, call.n_queries, -1), heads))
+        edges = spread(scaled, self.factor)[:, None, :].expand(-1, call.n_queries, -1)
+        yield Add(bias_of(call, edges.log(), heads))
 
 
 def window(layer: int, width: int, n_layers: int) -> list[int]:

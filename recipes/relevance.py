@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
+from torch import Tensor, nn
 
 from probe import selection
 from probe.describing import as_data
-from probe.errors import InputError
+from probe.errors import InputError, first_line
 from probe.interventions import lasting
 from probe.model import Model
 from probe.plans import Item
@@ -20,14 +21,17 @@ from probe.reading import generated, logits
 from probe.running import Reading
 from probe.selection import Selector
 from recipes._choosing import Heads, chunks
-from recipes._jobs import Options, job, planned, readings
+from recipes._jobs import Options, job, planned, readings, said
 from recipes._measures import mean_of, nll_of
 from recipes._suppress import Mode, Suppress
+from recipes.controls import heads_of
 from recipes.effects import unchanged
 
 __all__ = ["relevance"]
 
 _TOKENS = 2048  # of variants that run together
+
+Groups = list[tuple[list[int], list[float]]]  # positions and their factors, for each token
 
 
 def relevance(
@@ -80,36 +84,37 @@ def relevance(
     Example:
         >>> ds = relevance(model, ["abcabcab"], progress=False)
         >>> ds.relevance.dims, int(ds.relevance[0].argmax("key"))
-        ((("problem", "key"), 2)
+        (('problem', 'key'), 2)
     """
-    if similarity is not None and not -1 <= similarity <= 1:
-        raise InputError(f"similarity={similarity!r}. Give a cosine, from -1 to 1, or None.")
+    _require_cosine(similarity)
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens!r}. It must be an int of at least 1.")
     one = Suppress(keys=0, factor=factor, mode=mode, layers=layers, heads=heads)
     keys = lasting(keys)
-    todo = planned(model, problems, options, keys=keys, max_new_tokens=0)
-    wanted = [None if target is None else _said(model, item, target) for item in todo.items]
-    todo = replace(todo, items=tuple(replace(i, keys=tuple(range(i.length))) for i in todo.items))
+    new = max_new_tokens if target is None else 0
+    todo = planned(model, problems, options, max_new_tokens=new)
+    heads_of(one, model)  # those that do not exist show before anything runs
+    wanted = [None if target is None else _encoded(model, item, target) for item in todo.items]
     asked = [
         selection.positions(keys, i.length, i.segments, name="keys", problem=i.problem.id,
-                            tokens=lambda i=i: model.text.decode(i.token_ids))  # type: ignore[misc]
+                            tokens=partial(model.text.decode, i.token_ids))
         for i in todo.items
     ]  # fmt: skip
+    table = None if similarity is None else _embedding(model)
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         (i,) = batch
         item, answer = todo.items[i], wanted[i]
         if answer is None:
-            (answer,) = generated(model, [item], (), max_new_tokens)
-        if not answer:
-            raise InputError("the model says nothing after this problem. Give target=.")
-        return [_of_problem(model, item, answer, one, asked[i], similarity)]
+            (answer,) = generated(model, [item], (), new)
+        together = _together(item.token_ids, float(one.factor), table, similarity)  # type: ignore[arg-type]
+        return [_of_problem(model, item, answer, one, asked[i], together)]
 
     recipe = {
         "name": "relevance",
         "target": target,
-        "max_new_tokens": max_new_tokens if target is None else None,
+        "target_ids": None if target is None else wanted,  # fields may change under their name
+        "max_new_tokens": new or None,
         "intervention": as_data(one),
         "similarity": similarity,
         "keys": selection.as_data(keys),
@@ -127,69 +132,95 @@ def _of_problem(
     answer: Sequence[int],
     one: Suppress,
     keys: Sequence[int],
-    similarity: float | None,
+    together: Groups,
 ) -> Reading:
     whole = replace(item, token_ids=(*item.token_ids, *answer))
     ids = torch.tensor(whole.token_ids)
-    said = range(item.length, whole.length)
+    counted = range(item.length, whole.length)
     base, idle = unchanged(model, [whole], one)
-    before = mean_of(nll_of(base[0], ids), said)
-    together = _together(model, item, similarity, float(one.factor))  # type: ignore[arg-type]
+    before = mean_of(nll_of(base[0], ids), counted)
+    # In 16 bits rounding depends on the batch, so there the unchanged one is part of it.
+    paired = model.dtype.itemsize < 4
     relevance = np.full(item.length, np.nan)
     for some in chunks(range(len(keys)), max(1, _TOKENS // whole.length)):
-        groups = [together[keys[k]] for k in some]
+        groups = [together[keys[k]] for k in some] + [([0], [1.0])] * paired
         each = replace(one, keys=[g[0] for g in groups], factor=[g[1] for g in groups])
-        rows = logits(model, [whole] * len(some), each)
-        for k, row in zip(some, rows, strict=True):
-            relevance[keys[k]] = mean_of(nll_of(row, ids), said) - before
+        rows = logits(model, [whole] * len(groups), each)
+        after = [mean_of(nll_of(row, ids), counted) for row in rows]
+        without = after.pop() if paired else before
+        for k, loss in zip(some, after, strict=True):
+            relevance[keys[k]] = loss - without
     results: dict[str, Sequence[Any]] = {
         "relevance": [relevance],
         "target_loss": [before],
-        "noop": [mean_of(nll_of(idle[0], ids), said) - before],
-        "target": ["".join(model.text.decode(answer))],
+        "noop": [mean_of(nll_of(idle[0], ids), counted) - before],
+        "target": [said(model, answer)],
     }
     return readings(results, base, [item])[0]
 
 
 def _together(
-    model: Model, item: Item, similarity: float | None, factor: float
-) -> list[tuple[list[int], list[float]]]:
+    ids: Sequence[int], factor: float, table: nn.Module | None, similarity: float | None
+) -> Groups:
     """For each token, the positions that are suppressed with it, and their factors."""
-    n = item.length
-    if similarity is None:
-        return [([j], [factor]) for j in range(n)]
-    cosine = _cosines(model, item)
+    if table is None or similarity is None:
+        return [([j], [factor]) for j in range(len(ids))]
+    cosine = _cosines(table, ids)
     weights = (1 - factor) * (1 - cosine) + factor
     weights = weights.clamp(min(factor, 1.0), max(factor, 1.0))
     near = cosine >= similarity
     near.fill_diagonal_(True)
     weights.fill_diagonal_(factor)
-    return [(near[j].nonzero()[:, 0].tolist(), weights[j][near[j]].tolist()) for j in range(n)]
+    return [
+        (some.nonzero()[:, 0].tolist(), each[some].tolist())
+        for some, each in zip(near, weights, strict=True)
+    ]
 
 
-def _cosines(model: Model, item: Item) -> Tensor:
+def _cosines(table: nn.Module, ids: Sequence[int]) -> Tensor:
     """Cosines of the tokens' embeddings, (position, position) float64."""
+    device = next(table.parameters()).device
+    rows = table(torch.tensor(ids, device=device)).double().cpu()
+    rows = nn.functional.normalize(rows, dim=-1)
+    return rows @ rows.T
+
+
+def _embedding(model: Model) -> nn.Module:
     table = getattr(model.base, "get_input_embeddings", lambda: None)()
     if table is None:
         raise InputError(
             f"{type(model.base).__name__} has no method get_input_embeddings, by which similar "
             "tokens are found. Use similarity=None."
         )
-    rows = table(torch.tensor(item.token_ids, device=model.device)).double().cpu()
-    rows = torch.nn.functional.normalize(rows, dim=-1)
-    return rows @ rows.T
+    return table  # type: ignore[no-any-return]
 
 
-def _said(model: Model, item: Item, target: str) -> list[int]:
+def _require_cosine(similarity: object) -> None:
+    if similarity is None:
+        return
+    number = isinstance(similarity, int | float) and not isinstance(similarity, bool)
+    if not number or not -1 <= similarity <= 1:  # type: ignore[operator]
+        raise InputError(f"similarity={similarity!r}. Give a cosine, from -1 to 1, or None.")
+
+
+def _encoded(model: Model, item: Item, target: str) -> list[int]:
     """The token ids of a target text."""
-    text: object = target
-    if target.startswith("field:"):
-        text = item.problem.fields.get(target.removeprefix("field:"))
+    name, text = f"problem {item.problem.id!r}", target
+    if isinstance(target, str) and target.startswith("field:"):
+        text = item.problem.fields.get(target.removeprefix("field:"))  # type: ignore[assignment]
     if not isinstance(text, str) or not text or model.tokenizer is None:
         raise InputError(
-            f"target={target!r} gives no text for problem {item.problem.id!r}, or there is no "
-            "tokenizer to read it. Give a text, or a field that every problem has."
+            f"target={target!r} gives no text for {name}, or there is no tokenizer to read it. "
+            "Give a text, or a field that every problem has."
         )
-    ids = [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    model.text.check((*item.token_ids, *ids), what=f"problem {item.problem.id!r} with its target")
+    try:
+        ids = [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    except Exception as error:  # each tokenizer has its own
+        raise InputError(
+            f"the tokenizer of {model.name} cannot encode {text[:40]!r}, the target of {name}: "
+            f"{first_line(error)}. Give another text."
+        ) from error
+    if not ids:
+        raise InputError(f"the target {text[:40]!r} of {name} is no token. Give another text.")
+    model.text.check((*item.token_ids, *ids), what=f"{name} with its target")
     return ids
