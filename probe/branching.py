@@ -7,7 +7,7 @@ rest, at the price of the blocks above.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,14 +18,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from probe.attention import AttentionCall
-from probe.interventions import Edit
+from probe.interventions import Edit, Intervention
 from probe.model import Model
 from probe.plans import Item
 from probe.reading import inputs, logits, output_logits
 
 log = logging.getLogger("probe")
-
-See = Callable[[AttentionCall, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +34,6 @@ class Trunk:
         item: The problem.
         logits: (1, position, vocabulary).
         z: (1, position, head, head_dim) of each layer, before the output projection.
-        seen: What `see` made of each layer's call, likewise.
         entering: What goes into the block of each layer, (1, position, width); empty where blocks
             cannot be skipped.
     """
@@ -44,7 +41,6 @@ class Trunk:
     item: Item
     logits: Tensor
     z: Mapping[int, Tensor]
-    seen: Mapping[int, Tensor]
     entering: Mapping[int, Tensor]
 
 
@@ -65,27 +61,22 @@ class Anatomy:
     tuples: Sequence[bool]
 
 
-def grow(model: Model, item: Item, anatomy: Anatomy | None, see: See | None = None) -> Trunk:
+def grow(model: Model, item: Item, anatomy: Anatomy | None) -> Trunk:
     """Run one problem, and keep what branches need.
 
     Args:
         model: The model, in eval mode, without gradients.
         item: The problem.
         anatomy: From `dissect`; without it branches run the whole model.
-        see: `see(call, z)` makes of each layer's attention call what goes into `Trunk.seen`, as
-            another z.
 
     Raises:
         InputError: The model returns no logits of every token.
     """
     z: dict[int, Tensor] = {}
-    seen: dict[int, Tensor] = {}
     entering: dict[int, Tensor] = {}
 
     def look(value: Tensor, call: AttentionCall) -> None:
         z[call.layer] = value
-        if see is not None:
-            seen[call.layer] = see(call, value)
 
     with ExitStack() as stack:
         for layer, n in (anatomy.place if anatomy else {}).items():
@@ -97,7 +88,30 @@ def grow(model: Model, item: Item, anatomy: Anatomy | None, see: See | None = No
             handle = module.register_forward_pre_hook(keep, with_kwargs=True)
             stack.callback(handle.remove)
         found = logits(model, [item], Edit(site="z", function=look))
-    return Trunk(item, found, z, seen, entering)
+    return Trunk(item, found, z, entering)
+
+
+def alone(model: Model, trunk: Trunk, one: Intervention) -> Mapping[int, Tensor]:
+    """What z of each layer becomes under an intervention there, with all below it as it was.
+
+    One forward does for all layers: each hands on the z that it had.
+
+    Args:
+        model: The model.
+        trunk: The problem.
+        one: What changes the layers.
+
+    Returns:
+        (1, position, head, head_dim) by layer.
+    """
+    new: dict[int, Tensor] = {}
+
+    def swap(value: Tensor, call: AttentionCall) -> Tensor:
+        new[call.layer] = value
+        return trunk.z[call.layer]
+
+    logits(model, [trunk.item], one, Edit(site="z", function=swap))
+    return new
 
 
 def branch(model: Model, trunk: Trunk, anatomy: Anatomy | None, layer: int, z: Tensor) -> Tensor:
@@ -132,9 +146,7 @@ def dissect(model: Model, item: Item) -> Anatomy | None:
         anatomy = _look(model, item)
         trunk = grow(model, item, anatomy)
         for layer in anatomy.place:
-            same = branch(model, trunk, anatomy, layer, trunk.z[layer])
-            if not torch.equal(same, trunk.logits):
-                raise Unfit(f"from layer {layer} on, the same inputs gave other logits")
+            _prove(model, trunk, anatomy, layer)
     except Unfit as reason:
         log.warning("%s runs whole for every variant: %s", model.name, reason)
         return None
@@ -143,6 +155,28 @@ def dissect(model: Model, item: Item) -> Anatomy | None:
 
 class Unfit(Exception):
     """Why blocks cannot be skipped."""
+
+
+def _prove(model: Model, trunk: Trunk, anatomy: Anatomy, layer: int) -> None:
+    """Prove branches of one layer: with its z as it is, and beside it z of 0 in the same batch.
+
+    Raises:
+        Unfit: They are not what the whole model gives.
+    """
+    z = trunk.z[layer]
+    off = torch.zeros_like(z)
+    try:
+        whole = torch.cat([trunk.logits, branch(model, trunk, None, layer, off)])
+        same = branch(model, trunk, anatomy, layer, z)
+        both = branch(model, trunk, anatomy, layer, torch.cat([z, off]))
+    except Exception as error:  # from within the model's own code, which may be of any kind
+        raise Unfit(f"from layer {layer} on, {type(error).__name__}: {error}") from error
+    if not torch.equal(same, trunk.logits):
+        raise Unfit(f"from layer {layer} on, the same inputs gave other logits")
+    # Two together round differently from each alone.
+    near = torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())
+    if both.shape != whole.shape or not float((both - whole).abs().max()) <= near:
+        raise Unfit(f"from layer {layer} on, two variants in a batch gave other logits than alone")
 
 
 def _look(model: Model, item: Item) -> Anatomy:
@@ -169,7 +203,7 @@ def _look(model: Model, item: Item) -> Anatomy:
 
                 def inner(part: nn.Module, args: Any, layer: int = layer) -> None:
                     if args and layer in z and _same(args[0], z[layer]):
-                        given[layer] = part
+                        given.setdefault(layer, part)  # what is inside it is given z by it
 
                 if part is not module:
                     hooks.callback(part.register_forward_pre_hook(inner).remove)

@@ -4,6 +4,7 @@ Interventions change attention; these contexts are for what lies beside it, as p
 MLPs and ablations take their neurons out.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ def mlps(model: Model) -> dict[int, nn.Module]:
     """The MLP of each layer: the one child of its block, beside attention, that holds matrices.
 
     Raises:
-        UnsupportedModelError: A block has none, or several.
+        UnsupportedModelError: A block has none, or several, or one that is more than an MLP.
 
     Example:
         >>> type(mlps(model)[0]).__name__
@@ -49,6 +50,11 @@ def mlps(model: Model) -> dict[int, nn.Module]:
                 f"the MLP of layer {layer} of {model.name} cannot be told: beside its attention "
                 f"the block has {names}. Use hooks on model.module."
             )
+        if "residual" in inspect.signature(type(beside[0]).forward).parameters:
+            raise UnsupportedModelError(
+                f"the {type(beside[0]).__name__} of {model.name} adds the residual stream itself, "
+                "so that its output is not the MLP's alone. Use hooks on model.module."
+            )
         found[layer] = beside[0]
     return found
 
@@ -66,7 +72,7 @@ def frozen(model: Model, inputs: Inputs) -> Iterator[None]:
         for layer, part in parts.items():
 
             def keep(_: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
-                kept[layer] = output
+                kept[layer] = _copy(output)  # blocks may add to it in place
 
             stack.callback(part.register_forward_hook(keep).remove)
         model(inputs)
@@ -78,7 +84,13 @@ def frozen(model: Model, inputs: Inputs) -> Iterator[None]:
 
 
 def _returning(value: Any) -> Callable[..., Any]:
-    return lambda module, args, output: value
+    return lambda module, args, output: _copy(value)
+
+
+def _copy(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return tuple(map(_copy, output))
+    return output.clone() if isinstance(output, Tensor) else output
 
 
 @contextmanager
@@ -139,24 +151,29 @@ def _put_some(index: Tensor, mean: Tensor | float) -> Callable[..., Any]:
 
 
 def _last_matrix(model: Model, layer: int, part: nn.Module) -> nn.Module:
-    """The module whose input are the MLP's neurons: the last that runs of those with a matrix."""
-    ran: list[tuple[nn.Module, Any]] = []
+    """The module whose input are the MLP's neurons: the last that runs of those with a matrix.
+
+    What it returns is as wide as what the MLP returns; a router's choice of experts is not.
+    """
+    ran: list[tuple[nn.Module, Any, Any]] = []  # the MLP itself comes last
     matrices = [m for m in part.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
     with ExitStack() as stack, torch.no_grad():
-        for m in matrices:
+        for m in (*matrices, part):
 
-            def note(m: nn.Module, args: Any) -> None:
-                ran.append((m, args[0]))
+            def note(m: nn.Module, args: Any, output: Any) -> None:
+                ran.append((m, args[0], output[0] if isinstance(output, tuple) else output))
 
-            stack.callback(m.register_forward_pre_hook(note).remove)
+            stack.callback(m.register_forward_hook(note).remove)
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         model.tap.call({"input_ids": ids})
-    if not ran or len(ran) > 3 or ran[-1][1].shape[:-1] != (1, 2):
+    *inner, (_, _, whole) = ran
+    last, given, output = inner[-1] if 0 < len(inner) <= 3 else (part, whole, None)
+    if getattr(output, "shape", None) != whole.shape or given.shape[:-1] != (1, 2):
         raise UnsupportedModelError(
             f"the {type(part).__name__} of layer {layer} has no neurons that one matrix reads. "
             "Ablate its whole output with None."
         )
-    return ran[-1][0]
+    return last
 
 
 def _width(last: nn.Module) -> int:

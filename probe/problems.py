@@ -119,6 +119,8 @@ def problems(
 
 def _items(source: object) -> tuple[str, Iterator[tuple[str, str, object]]]:
     """The name of a source, and its items: where each is, its place as an id, and the item."""
+    if isinstance(source, str | Path) and _is_path(source) and Path(source, "zarr.json").is_file():
+        raise InputError(f"{source} is a store. Give it opened: probe.open({str(source)!r}).")
     if isinstance(source, Path) or (
         isinstance(source, str) and source.endswith((".txt", ".jsonl")) and "\n" not in source
     ):
@@ -153,6 +155,11 @@ def _stored(ds: Any) -> Iterator[Problem]:
             f"this dataset is no store: it lacks {', '.join(missing)}. "
             "Give what probe.open returns."
         )
+    if "problem" not in ds.dims:
+        raise InputError(
+            f"this is one problem of a store, {ds['problem'].item()!r}, without its dim. "
+            "Keep it, with a list: ds.sel(problem=[...])."
+        )
     columns = {name: ds[name].values for name in needed}
     for n in (columns["status"] == 1).nonzero()[0]:
         name, length = str(columns["problem"][n]), int(columns["length"][n])
@@ -166,9 +173,9 @@ def _stored(ds: Any) -> Iterator[Problem]:
         yield Problem(name, None, tuple(map(int, ids)))
 
 
-def _is_path(text: str) -> bool:
+def _is_path(text: str | Path) -> bool:
     try:
-        return bool(text.strip()) and Path(text).exists()
+        return bool(str(text).strip()) and Path(text).exists()
     except (OSError, ValueError):  # too long for a name, or not one
         return False
 

@@ -74,6 +74,11 @@ class Ablate:
             patch = Patch(self.reference, site=site, layers=self.layers, heads=self.heads)
             object.__setattr__(self, "_patch", patch)
 
+    @property
+    def moves(self) -> bool:
+        """Whether a control may put it elsewhere; of other heads a cache may know nothing."""
+        return self._patch is None
+
     def edits(self, call: AttentionCall) -> Iterable[Change]:
         """A function of z or of the pattern, in the layers that are named."""
         if self._patch is not None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text as Plain
 
 from probe.errors import InputError
 
@@ -59,10 +59,11 @@ def echo_failures(ds: "xr.Dataset") -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout."""
     grid = Table(box=None, pad_edge=False)
+    # As texts: what a token or a path says is neither markup nor an :emoji:.
     for column in columns:
-        grid.add_column(column, overflow="fold")
+        grid.add_column(Plain(column), overflow="fold")
     for row in rows:
-        grid.add_row(*(escape(cell) for cell in row))
+        grid.add_row(*map(Plain, row))
     Console(width=None if sys.stdout.isatty() else 200).print(grid)
 
 
@@ -71,6 +72,25 @@ def quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def require_picture(out: Path | None) -> None:
+    """Refuse a picture that could not be written, before long work is done for it.
+
+    Raises:
+        InputError: Its folder is not there, or no picture has such a suffix.
+    """
+    if out is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix and out.suffix[1:].lower() not in known:
+        raise InputError(
+            f"{out} cannot be written: no picture is a {out.suffix}. Use .png or .svg."
+        )
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{out} cannot be written: there is no folder {out.parent}. Make it.")
 
 
 def save(figure: "Figure | None", out: Path) -> None:

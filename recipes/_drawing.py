@@ -176,11 +176,15 @@ def show(ax: Axes, values: Any, cmap: str, norm: Normalize) -> AxesImage:
 def ticks(ax: Axes, across: list[str], down: list[str], *, size: float) -> None:
     """Label the columns and rows of an image."""
     ax.tick_params(length=0, labelsize=size, labelcolor=INK)
+    label_ticks(ax.xaxis, across, cell=cell_of(ax), size=size)
+    label_ticks(ax.yaxis, down, cell=cell_of(ax), size=size)
+
+
+def cell_of(ax: Axes) -> float:
+    """The side of a cell of an image, in inches."""
     rows, columns = ax.images[0].get_size()
     box = ax.get_window_extent()
-    cell = min(box.width / columns, box.height / rows) / ax.figure.dpi
-    label_ticks(ax.xaxis, across, cell=cell, size=size)
-    label_ticks(ax.yaxis, down, cell=cell, size=size)
+    return float(min(box.width / columns, box.height / rows) / ax.figure.dpi)
 
 
 def label_ticks(axis: Axis, labels: list[str], *, cell: float, size: float) -> None:
@@ -209,6 +213,8 @@ def number_format(values: Any) -> str:
 
 def number(value: float, form: str) -> str:
     """A number as short as a cell needs it."""
+    if value == 0 and form.endswith("e"):
+        return "0"
     if abs(value) < 1:
         return f"{value:{form}}"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}"
@@ -233,7 +239,25 @@ def colour_bar(image: AxesImage, ax: Axes, label: str) -> None:
     rows, columns = image.get_size()
     width = max(rows, columns) / columns / 32
     inset = ax.inset_axes((1 + width, 0, width, 1))
-    finish_bar(ax.figure.colorbar(image, cax=inset), label)
+    bar = ax.figure.colorbar(image, cax=inset)
+    apart = 1.6 * 8 / 72 / (rows * cell_of(ax))  # ticks of 8 points, as a share of the bar
+    shown = log_ticks(image.norm, apart) if isinstance(image.norm, SymLogNorm) else []
+    if not shown and apart > 0.25:
+        shown = [end for end in image.get_clim() if end is not None]
+    if shown:  # matplotlib's own ticks would overlap
+        bar.set_ticks(shown, labels=[f"{tick:.3g}" for tick in shown])
+        bar.minorticks_off()
+    finish_bar(bar, label)
+
+
+def log_ticks(norm: SymLogNorm, apart: float) -> list[float]:
+    """The ends of a scale, 0, and the powers of ten, `apart` at least, as a share of its length."""
+    kept = [most := float(norm.vmax or 1.0)]
+    top = math.ceil(math.log10(most)) - 1
+    for value in (0.0, *(10.0**power for power in range(top, top - 12, -1))):
+        if all(abs(float(norm(value)) - float(norm(other))) >= apart for other in kept):
+            kept.append(value)
+    return sorted({*kept, *(-value for value in kept)})
 
 
 def finish_bar(bar: Colorbar, label: str, *, loc: str = "center") -> None:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,7 +21,9 @@ from probe.plans import Item, Plan
 from probe.running import OnError, Reading, Work, run
 from recipes._measures import mean_nll
 
-_TOGETHER = 8  # problems whose results a killed run may have to compute again
+# Problems whose results lie together, and which a killed run may have to compute again: few, but
+# of a large run not so few that its files are many.
+_TOGETHER, _SHARDS = 8, 64
 _TEXTS = schema.Array(("problem",), "string", "")
 
 
@@ -42,19 +45,49 @@ class Options(TypedDict, total=False):
     progress: bool
 
 
-def planned(model: Model, problems: object, options: Options, **more: Any) -> Plan:
+def planned(model: Model, problems: object, options: Options, *, max_new_tokens: int = 0) -> Plan:
     """The problems made ready: of a store or its folder, or whatever `probe.problems` reads.
+
+    All their tokens are rows and columns of the results, and none that would be generated.
 
     Raises:
         InputError: Something cannot be used; nothing has run.
     """
-    if isinstance(problems, str | Path) and (Path(problems).expanduser() / "zarr.json").is_file():
-        problems = probe.open(problems)
     if unknown := set(options) - set(Options.__annotations__):
         known = ", ".join(Options.__annotations__)
         raise InputError(f"there is no option {min(unknown)!r}. Choose from {known}.")
     limits = {name: options.get(name) for name in ("batch_size", "max_length")}
-    return probe.plan(model, problems, **limits, **more)  # type: ignore[arg-type]
+    todo = probe.plan(model, opened(problems), max_new_tokens=max_new_tokens, **limits)  # type: ignore[arg-type]
+    return replace(todo, items=tuple(map(_whole, todo.items)))
+
+
+def _whole(item: Item) -> Item:
+    everything = tuple(range(item.length))
+    return replace(item, queries=everything, keys=everything)
+
+
+def opened(problems: object) -> object:
+    """A store that is given by its folder, opened; whatever else as it is.
+
+    Raises:
+        StoreError: There is none under such a name, or it cannot be read.
+    """
+    named = isinstance(problems, str | Path) and _names_a_store(Path(problems))
+    return probe.open(problems) if named else problems  # type: ignore[arg-type]
+
+
+def _names_a_store(path: Path) -> bool:
+    try:
+        return path.suffix == ".zarr" or (path.expanduser() / "zarr.json").is_file()
+    except (OSError, ValueError, RuntimeError):  # a text: no name is so long, nobody's home
+        return False
+
+
+def said(model: Model, token_ids: Sequence[int]) -> str:
+    """What tokens say together; "" without a tokenizer."""
+    text = "".join(model.text.decode(token_ids))
+    # A character may be spread over tokens, none of which says it alone.
+    return str(model.tokenizer.decode(token_ids)) if "\ufffd" in text else text
 
 
 def readings(
@@ -156,7 +189,7 @@ def _create(
         config=config,
         sites=(),
         reduced=arrays,
-        together=_TOGETHER,
+        together=max(_TOGETHER, len(todo.items) // _SHARDS),
         sizes=sizes,
         attrs={**todo.attrs, "recipe": config["recipe"]},
         overwrite=overwrite,

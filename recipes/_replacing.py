@@ -25,7 +25,7 @@ def pattern_of(mode: str, call: AttentionCall) -> Tensor:
     """
     keep = call.keep()
     if mode == "uniform":
-        return keep / keep.sum(-1, keepdim=True).clamp_min(1)
+        return keep.to(call.dtype) / keep.sum(-1, keepdim=True).clamp_min(1)
     if mode == "first":
         return (keep & (keep.long().cumsum(-1) == 1)).to(call.dtype)
     at = where(call)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -79,6 +79,7 @@ class Suppress:
     """
 
     __module__ = PUBLIC
+    moves: ClassVar = True  # a control may put it elsewhere: see `recipes.controls`
     keys: Keys
     factor: float | Sequence[float] | Sequence[Sequence[float]] | None = None
     mode: Mode = "log_add"
@@ -150,6 +151,7 @@ class Knockout:
     """
 
     __module__ = PUBLIC
+    moves: ClassVar = True  # a control may put it elsewhere: see `recipes.controls`
     keys: Keys
     queries: Selector = None
     layers: Selector = None
@@ -191,6 +193,7 @@ class Steer:
     """
 
     __module__ = PUBLIC
+    moves: ClassVar = True  # a control may put it elsewhere: see `recipes.controls`
     keys: Keys | Sequence[slice | str]
     factor: float = 0.01
     mode: Literal["exclude", "include"] = "exclude"

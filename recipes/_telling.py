@@ -50,7 +50,7 @@ def doses(ds: xr.Dataset) -> None:
 
 def sweep(ds: xr.Dataset, local: xr.DataArray | None, top: int) -> None:
     """What `sweep` found, with gradient importance beside it."""
-    enough = ds.sizes["problem"] > 1
+    enough = ds.delta_loss.dropna("problem", how="all").sizes["problem"] > 1
     found = stats.bootstrap(ds.delta_loss) if enough else None
     tests = stats.sign_flip(ds.delta_loss) if enough else None
     score = None if local is None else pruning_score(local, normalised=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text as Plain
 
 import probe
 from probe.errors import InputError, ProbeError, WiringError
@@ -59,7 +60,7 @@ def main() -> None:
         if debug:
             raise
         message = f"{type(error).__name__}: {error}"
-        Console(stderr=True, soft_wrap=True).print(message, style="red", markup=False)
+        Console(stderr=True, soft_wrap=True).print(Plain(message, style="red"))
         sys.exit(1)
 
 

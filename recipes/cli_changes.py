@@ -17,6 +17,7 @@ from recipes._cli import (
     Selector,
     Text,
     quiet,
+    require_picture,
     save,
     selector,
 )
@@ -34,16 +35,17 @@ Keys = Annotated[
     str, typer.Option(help="Tokens: 1, 2:5, last:3, 'text: not', 'regex:[0-9]+', segment:bos.")
 ]
 Heads = Annotated[str | None, typer.Option(help="L1H0,L1H3, or 0,3 of each layer.")]
-Factor = Annotated[
-    float, typer.Option(help="Attention is multiplied by it: 0 hides, 1 is a no-op.")
-]
+SCALED = "Attention is multiplied by it: 0 hides, 1 is a no-op."
 
 
 def suppress(
     model: ModelName,
     problems: Source,
     keys: Keys,
-    factor: Factor = 0.1,
+    factor: Annotated[
+        float | None,
+        typer.Option(help=f"{SCALED} Default 0.1, and 0 for prob_zero_no_renorm."),
+    ] = None,
     factors: Annotated[
         str | None, typer.Option(help="Several, for a dose-response curve: 1,0.5,0.1,0.01,0.")
     ] = None,
@@ -58,7 +60,9 @@ def suppress(
         str | None, typer.Option(help="A next token to follow: its text, or field:NAME.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Let the model go on, before and after.")] = 0,
-    draws: Annotated[int, typer.Option(help="Random controls of each problem.")] = 1,
+    draws: Annotated[
+        int | None, typer.Option(min=0, help="Random controls of each problem. Default 1.")
+    ] = None,
     out: Out = None,
     plot: Plot = None,
     text: Text = None,
@@ -70,8 +74,15 @@ def suppress(
     """Scale the attention that chosen tokens get, and say what changes."""
     if plot is not None and factors is None:
         raise InputError("--plot draws a dose-response curve. Add --factors 1,0.5,0.1,0.01,0.")
+    more: dict[str, Any] = {"target": target, "max_new_tokens": max_new_tokens, "draws": draws}
+    given = {"factor": factor, **more, "max_new_tokens": max_new_tokens or None}
+    other = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if factors is not None and other:
+        raise InputError(f"--factors and {', '.join(other)} exclude each other. Leave one out.")
+    require_picture(plot)
     quiet()
-    from recipes import _telling, plots, stats, suppression
+    from recipes import _telling, plots, suppression
+    from recipes.summaries import estimate
 
     chosen = {"layers": selector(layers), "heads": pairs(heads), "queries": selector(queries)}
     one = suppression.Suppress(keys=selector(keys), factor=factor, mode=mode, **chosen)  # type: ignore[arg-type]
@@ -83,14 +94,14 @@ def suppress(
         if doses is not None:
             ds = suppression.dose_response(loaded, source, one, doses, out, **options)
         else:
-            more: dict[str, Any] = {"target": target, "max_new_tokens": max_new_tokens}
-            ds = suppression.effect(loaded, source, one, store=out, draws=draws, **more, **options)
+            more["draws"] = 1 if draws is None else draws
+            ds = suppression.effect(loaded, source, one, store=out, **more, **options)
     if doses is not None:
         _telling.doses(ds)
         if plot is not None:
-            found = stats.bootstrap(ds.accuracy)
             title = f"{ds.attrs['model']}: keys {keys}"
-            save(plots.dose_response(doses, found, title=title).get_figure(root=True), plot)
+            axes = plots.dose_response(doses, estimate(ds.accuracy), title=title)
+            save(axes.get_figure(root=True), plot)
     else:
         _telling.effect(ds)
     _telling.store(ds, out)
@@ -108,9 +119,11 @@ def ablate(
     layers: Selector = None,
     tokens: Tokens = None,
     gradient: Annotated[bool, typer.Option(help="Put gradient importance beside it.")] = True,
-    together: Annotated[int, typer.Option(help="Then ablate so many of the top together.")] = 0,
+    together: Annotated[
+        int, typer.Option(min=0, help="Then ablate so many of the top together.")
+    ] = 0,
     top: Annotated[int, typer.Option(min=1, help="How many heads to list.")] = 10,
-    draws: Annotated[int, typer.Option(help="Random groups of as many heads.")] = 3,
+    draws: Annotated[int, typer.Option(min=0, help="Random groups of as many heads.")] = 3,
     out: Out = None,
     plot: Plot = None,
     text: Text = None,
@@ -120,34 +133,40 @@ def ablate(
     overwrite: Overwrite = False,
 ) -> None:
     """Ablate every head on its own, or some together, and say what it costs."""
+    group, some = pairs(heads), selector(layers)
+    if group is not None and (plot is not None or together):
+        raise InputError("--plot and --together go with a sweep. Leave them out, or --heads.")
+    require_picture(plot)
     quiet()
-    from recipes import _telling, ablation, plots, stats
+    from recipes import _telling, ablation, plots
+    from recipes.controls import heads_of
+    from recipes.summaries import estimate
 
-    group = pairs(heads)
-    if group is not None and (plot is not None or together or layers is not None):
-        raise InputError("--plot, --together and --layers go with a sweep. Leave out --heads.")
     options: dict[str, Any] = {"tokens": selector(tokens), "max_length": max_length}
     source = _source(problems, text, n, seed)
     with probe.load(model) as loaded:
         if group is not None:
-            reference = ablation.reference(loaded, source) if mode == "mean" else None
-            one = ablation.Ablate(group, mode=mode, reference=reference)  # type: ignore[arg-type]
+            heads_of(ablation.Ablate(group, layers=some), loaded)  # before the long work on means
+            reference = _reference(loaded, source, mode, max_length)
+            one = ablation.Ablate(group, mode=mode, reference=reference, layers=some)  # type: ignore[arg-type]
             more: dict[str, Any] = {"draws": draws, "overwrite": overwrite}
             ds = ablation.effect(loaded, source, one, store=out, **more, **options)
             _telling.effect(ds)
             _telling.store(ds, out)
             return
-        how: dict[str, Any] = {"mode": mode, "layers": selector(layers), "overwrite": overwrite}
+        how: dict[str, Any] = {"mode": mode, "layers": some, "overwrite": overwrite}
         ds = ablation.sweep(loaded, source, out, **how, **options)
-        local = ablation.importance(loaded, source, **options) if gradient else None
+        done = set(ds.problem.values[(ds.status == 1).values])
+        same = [one for one in source if one.id in done]  # what failed would fail again
+        local = ablation.importance(loaded, same, **options) if gradient and same else None
         _telling.sweep(ds, local, top)
+        if plot is not None:
+            title = f"{ds.attrs['model']}: heads ablated ({mode})"
+            axes = plots.effect_map(estimate(ds.delta_loss), title=title)
+            save(axes.get_figure(root=True), plot)
+        _telling.store(ds, out)
         if together:
             _tell_together(loaded, source, ds, together, mode, draws, options)
-    if plot is not None:
-        title = f"{ds.attrs['model']}: heads ablated ({mode})"
-        axes = plots.effect_map(stats.bootstrap(ds.delta_loss), title=title)
-        save(axes.get_figure(root=True), plot)
-    _telling.store(ds, out)
 
 
 def relevance(
@@ -158,7 +177,7 @@ def relevance(
         typer.Option(help="The answer: a text, or field:NAME. Default: the model's own."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of the model's own answer.")] = 1,
-    factor: Factor = 0.1,
+    factor: Annotated[float, typer.Option(help=SCALED)] = 0.1,
     mode: Annotated[str, typer.Option(help="As for probe suppress.")] = "log_add",
     similarity: Annotated[
         float, typer.Option(help="Suppress tokens of so similar embeddings too; above 1: none.")
@@ -176,12 +195,19 @@ def relevance(
     overwrite: Overwrite = False,
 ) -> None:
     """Suppress each token in turn: which does the answer depend on?"""
+    if problem is not None and plot is None:
+        raise InputError(f"--problem {problem!r} names what --plot draws. Add --plot, or leave it.")
+    require_picture(plot)
     quiet()
     from recipes import _telling, plots, suppression
 
     options: dict[str, Any] = {"max_length": max_length, "overwrite": overwrite}
     options |= {"layers": selector(layers), "heads": pairs(heads), "mode": mode, "factor": factor}
     source = _source(problems, text, n, seed)
+    names = [one.id for one in source]
+    chosen = names[0] if problem is None else problem
+    if chosen not in names:
+        raise InputError(f"there is no problem {chosen!r}. There are {', '.join(names[:12])}.")
     with probe.load(model) as loaded:
         ds = suppression.relevance(
             loaded,
@@ -194,10 +220,6 @@ def relevance(
         )
     _telling.relevances(ds, top)
     if plot is not None:
-        names = [str(name) for name in ds.problem.values]
-        chosen = names[0] if problem is None else problem
-        if chosen not in names:
-            raise InputError(f"there is no problem {chosen!r}. There are {', '.join(names[:12])}.")
         title = f"{ds.attrs['model']}, problem {chosen}: {ds.target.sel(problem=chosen).item()!r}"
         axes = plots.token_strip(ds.relevance.sel(problem=chosen), title=title)
         save(axes.get_figure(root=True), plot)
@@ -228,9 +250,16 @@ def _floats(text: str) -> list[float]:
 
 def _source(problems: str, text: str | None, n: int | None, seed: int | None) -> Any:
     """Problems as typed: of a store, or read."""
-    if (Path(problems).expanduser() / "zarr.json").is_file():
-        return probe.problems(probe.open(problems), n=n, seed=seed)
-    return probe.problems(problems, text=text, n=n, seed=seed)
+    from recipes._jobs import opened
+
+    return probe.problems(opened(problems), text=text, n=n, seed=seed)
+
+
+def _reference(model: Any, source: Any, mode: str, max_length: int | None) -> Any:
+    """What mode mean puts in place of a head: over the same tokens as the run."""
+    from recipes import ablation
+
+    return ablation.reference(model, source, max_length=max_length) if mode == "mean" else None
 
 
 def _tell_together(
@@ -245,8 +274,13 @@ def _tell_together(
     from recipes import _telling, ablation, heads
 
     ranked = heads.rank(ds.delta_loss, top=count)
+    if not ranked:
+        raise InputError(
+            "--together takes the heads that cost most, and none was measured: no problem that is "
+            "done has a token with another before it. Give longer ones."
+        )
     order = [(row.layer, row.head) for row in ranked]
-    reference = ablation.reference(model, source) if mode == "mean" else None
+    reference = _reference(model, source, mode, options["max_length"])
     how: dict[str, Any] = {"mode": mode, "reference": reference, "draws": draws}
     found = ablation.cumulative(model, source, order, **how, **options)
     _telling.groups(found, ranked)

@@ -61,7 +61,8 @@ def elsewhere(one: Any, model: Model, items: Sequence[Item], seed: str) -> Inter
     As many others are drawn as were named, and some of the same where there are not enough.
 
     Args:
-        one: With fields `heads` and perhaps `layers`, or `keys`.
+        one: Something that says by an attribute `moves` that it takes other `heads` as pairs, and
+            other `keys` for each item, as the interventions of the recipes do.
         model: The model.
         items: The problems of a batch.
         seed: Of the draw: the same heads for all problems, other tokens for each.
@@ -69,8 +70,9 @@ def elsewhere(one: Any, model: Model, items: Sequence[Item], seed: str) -> Inter
     Returns:
         None where nothing says what to draw.
     """
-    fields = dataclasses.fields(one) if dataclasses.is_dataclass(one) else ()
-    names = {field.name for field in fields}
+    if not getattr(one, "moves", False):
+        return None
+    names = {field.name for field in dataclasses.fields(one)}
     if "heads" in names and one.heads is not None:
         named = heads_of(one, model)
         everything = [(la, h) for la in model.layers for h in range(model.tap.shapes[la].heads)]

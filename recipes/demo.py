@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 import probe
 from probe import demos
-from probe.errors import StoreError
+from probe.errors import InputError, StoreError
 from recipes import heads, plots
 
 THRESHOLD = 0.5  # a head is named after what takes more than half of its attention
@@ -51,8 +51,12 @@ def run(name: str = "demo-llama", out: str | Path = "demo", *, progress: bool = 
         >>> heads.rank(found.induction, top=1)[0].label
         'L1H0'
     """
+    if name not in demos.NAMES:  # demo-instruct neither: it was not made for repeated tokens
+        raise InputError(
+            f"the demonstration finds induction heads, and {name!r} is no model made for that. "
+            f"Use one of {', '.join(demos.NAMES)}."
+        )
     folder = Path(out)
-    demos.path(name)  # an unknown name shows before a folder is made
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,13 +15,16 @@ from probe.describing import as_data
 from probe.errors import InputError
 from probe.interventions import lasting
 from probe.model import Model
+from probe.plans import Plan
 from probe.reading import logits
 from probe.running import Reading
 from probe.selection import Selector
+from recipes._choosing import are_pairs, plain
 from recipes._jobs import Options, job, planned, readings
 from recipes._measures import accuracy, mean_nll, of_target
 from recipes._suppress import Knockout, Steer, Suppress, window
-from recipes.effects import Target, scored_tokens, targets, unchanged
+from recipes.controls import heads_of
+from recipes.effects import Target, _of, _require_fit, scored_tokens, targets, unchanged
 
 
 def dose_response(
@@ -57,17 +60,19 @@ def dose_response(
         >>> ds.delta_loss.sel(factor=1).item()
         0.0
     """
-    doses = [float(factor) for factor in factors]
-    if not doses or len(set(doses)) < len(doses):
-        raise InputError(f"factors={factors!r:.80}. Give at least one, each once.")
+    if not isinstance(one, Suppress | Steer):
+        raise InputError(f"{one!r:.60} has no dose. Give suppression.Suppress(...) or Steer(...).")
+    doses = _doses(factors)
     each = [replace(one, factor=factor) for factor in doses]
+    strongest = replace(one, factor=max(doses, key=lambda dose: abs(dose - 1)))
     tokens = lasting(tokens)
     todo = planned(model, problems, options)
+    _require_places(model, one, todo)
     scored = [scored_tokens(model, item, tokens) for item in todo.items]
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         items = [todo.items[i] for i in batch]
-        base, idle = unchanged(model, items, each[0])
+        base, idle = unchanged(model, items, _of(strongest, batch))
         ids, counted = [torch.tensor(i.token_ids) for i in items], [scored[i] for i in batch]
 
         def measured(rows: Tensor) -> list[tuple[float, float]]:
@@ -75,7 +80,7 @@ def dose_response(
             return [(accuracy(*one), mean_nll(*one)) for one in each]
 
         runs = [measured(base), measured(idle)]
-        runs += [measured(logits(model, items, dose)) for dose in each]
+        runs += [measured(logits(model, items, _of(dose, batch))) for dose in each]
         table = np.array(runs)  # (run, problem, accuracy and loss)
         results = {
             "base_accuracy": table[0, :, 0],
@@ -127,7 +132,8 @@ def knockout_by_layer(
     Returns:
         float32 (problem, layer), the layer being the middle of the window: `target_p`, the
         target's probability, and `relative`, 100 (p_blocked - p) / p in percent, as the paper draws
-        it; `delta_logit`; (problem): `target`, `target_base_p` and `noop` (of its logit).
+        it (NaN where p is 0); `delta_logit`; (problem): `target`, `target_base_p` and `noop` (of
+        its logit).
 
     Raises:
         InputError: Something cannot be used; nothing has run.
@@ -137,13 +143,23 @@ def knockout_by_layer(
         >>> knockout_by_layer(model, ["abcabc"], one, progress=False).relative.dims
         ('problem', 'layer')
     """
+    if not isinstance(one, Knockout):
+        raise InputError(f"{one!r:.60} knocks nothing out. Give suppression.Knockout(...).")
+    if are_pairs(one.heads):
+        raise InputError(
+            f"heads={one.heads!r:.60} name their layers, through which the window moves. Give "
+            "heads of every layer, as heads=[0, 3]."
+        )
+    if type(width) is not int or width < 1:
+        raise InputError(f"width={width!r}. It must be an int of at least 1.")
     todo = planned(model, problems, options)
+    _require_places(model, replace(one, layers=None), todo)
     wanted = targets(model, todo.items, target)
     each = [replace(one, layers=window(la, width, model.n_layers)) for la in model.layers]
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         items = [todo.items[i] for i in batch]
-        base, idle = unchanged(model, items, each[0])
+        base, idle = unchanged(model, items, _of(each[0], batch))
         lasts = [item.length - 1 for item in items]
         chosen = [
             int(base[n, last].argmax()) if wanted[i] is None else wanted[i]
@@ -154,17 +170,18 @@ def knockout_by_layer(
             return [of_target(base[n, last], rows[n, last], chosen[n])  # type: ignore[arg-type]
                     for n, last in enumerate(lasts)]  # fmt: skip
 
-        runs = [followed(logits(model, items, one)) for one in each]
+        runs = [followed(logits(model, items, _of(some, batch))) for some in each]
         p, delta = (
             np.array([[x[name] for x in run] for run in runs]).T for name in ("p", "delta_logit")
         )
         before = np.array([x["base_p"] for x in runs[0]])
-        results = {
+        of = np.where(before > 0, before, np.nan)[:, None]
+        results: dict[str, Any] = {
             "target": np.array(chosen, float),
             "target_base_p": before,
             "noop": np.array([x["delta_logit"] for x in followed(idle)]),
             "target_p": p,
-            "relative": 100 * (p - before[:, None]) / before[:, None],
+            "relative": 100 * (p - of) / of,
             "delta_logit": delta,
         }
         return readings(results, base, items)
@@ -180,6 +197,22 @@ def knockout_by_layer(
         "target": wanted if target is not None else None,
     }
     return job(model, todo, store, recipe=recipe, arrays=arrays, compute=compute, options=options)
+
+
+def _doses(factors: Any) -> list[float]:
+    try:
+        doses = [] if isinstance(factors, str) else [float(factor) for factor in plain(factors)]
+    except (TypeError, ValueError):
+        doses = []
+    if not doses or len(set(doses)) < len(doses):
+        raise InputError(f"factors={factors!r:.80}. Give numbers, each once, as [1, 0.1, 0].")
+    return doses
+
+
+def _require_places(model: Model, one: Any, todo: Plan) -> None:
+    """Refuse layers and heads that do not exist, and keys of other problems, before any run."""
+    heads_of(one, model)
+    _require_fit([one], todo.items)
 
 
 __all__ = ["dose_response", "knockout_by_layer"]

@@ -53,7 +53,7 @@ def importance(
 
     Returns:
         (problem, layer, head) float32, nats, signed: positive where more of the head's output would
-        raise the loss. NaN where a layer has no such head.
+        raise the loss. NaN where a layer has no such head, and where no prediction counts.
 
     Raises:
         InputError: Something cannot be used.
@@ -72,6 +72,7 @@ def importance(
             found = _of_batch(model, items, [scored[i] for i in batch], reference)
             for layer, values in found.items():
                 out[list(batch), model.layers.index(layer), : values.shape[1]] = values.cpu()
+    out[[n for n, own in enumerate(scored) if not own]] = np.nan  # nothing was predicted
     ids = np.array([item.problem.id for item in todo.items], dtype=object)
     coords = {"problem": ids, "layer": list(model.layers), "head": range(model.n_heads)}
     return xr.DataArray(out, coords=coords, dims=tuple(coords), name="gradient_importance")

@@ -29,6 +29,7 @@ from recipes._measures import Numbers, accuracy, mean_nll
 from recipes.controls import absolute
 from recipes.effects import scored_tokens, unchanged
 from recipes.references import Reference
+from recipes.references import reference as means
 
 
 def cumulative(
@@ -52,7 +53,7 @@ def cumulative(
         order: (layer, head) pairs, as from `heads.rank`.
         store: Folder for the results; the same call again resumes. Default: in memory.
         mode: As for `Ablate`, without "frozen".
-        reference: For "mean", from `ablation.reference`.
+        reference: For "mean", from `ablation.reference`; default that of these problems.
         tokens: Which tokens' predictions count: see `effects.effect`.
         draws: Random orders of as many heads, of the whole model.
         seed: Of the orders.
@@ -74,6 +75,10 @@ def cumulative(
     pairs, tokens = absolute(order, model), lasting(tokens)
     if len(set(pairs)) < len(pairs):
         raise InputError(f"order={order!r:.80} names a head twice. Name each once.")
+    if type(draws) is not int or draws < 0:
+        raise InputError(f"draws={draws!r}. It must be an int of at least 0.")
+    if mode == "mean" and reference is None:  # that of a batch would depend on its size
+        reference = means(model, problems, **options)
     todo = planned(model, problems, options)
     scored = [scored_tokens(model, item, tokens) for item in todo.items]
     made = {"mode": mode, "reference": reference, "seed": seed}
@@ -159,9 +164,11 @@ def greedy(
         [(0, 3)]
     """
     every = [(la, h) for la in model.layers for h in range(model.tap.shapes[la].heads)]
-    free = every if candidates is None else absolute(candidates, model)
-    if not 1 <= n <= len(free):
+    free = every if candidates is None else list(dict.fromkeys(absolute(candidates, model)))
+    if type(n) is not int or not 1 <= n <= len(free):
         raise InputError(f"n={n!r} heads cannot be taken: there are {len(free)} candidates.")
+    if mode == "mean" and reference is None:
+        reference = means(model, problems, **options)
     todo, tokens = planned(model, problems, options), lasting(tokens)
     scored = [scored_tokens(model, item, tokens) for item in todo.items]
 

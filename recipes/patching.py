@@ -49,7 +49,8 @@ class Patch:
             tokens that are replaced at the same positions.
         site: "z", "pattern", "scores", "q", "k" or "v".
         layers: int, negative int, slice or list; default those that the cache has.
-        heads: Query heads, likewise, or pairs (layer, head); of k and v key heads.
+        heads: Query heads, likewise, or pairs (layer, head); of k and v key heads. Default those
+            that the cache has.
         queries: Tokens whose rows are replaced, by position (of k and v, whose columns); default
             all.
 
@@ -83,32 +84,47 @@ class Patch:
 
     def edits(self, call: AttentionCall) -> Iterable[Change]:
         """A function that returns the cached values."""
-        kept = {layer for site, layer in self.cache.tensors if site == self.site}
+        layers = {layer for site, layer in self.cache.tensors if site == self.site}
         named = self.layers is not None or self.heads is not None
-        if not named and call.layer not in kept:
+        if not named and call.layer not in layers:
             return
         size = call.n_kv_heads if self.site in _KEYED else call.n_heads
         chosen = heads_in(call, self.layers, self.heads, size=size)
         if not chosen:
             return
-        if call.layer not in kept:
+        if call.layer not in layers:
             raise InputError(
                 f"{self.site} of layer {call.layer} was not kept (the cache has it of layers "
-                f"{sorted(kept)}). Keep it, or name other layers."
+                f"{sorted(layers)}). Keep it, or name other layers."
+            )
+        kept = self._kept(call.layer)
+        if self.heads is None:
+            chosen = tuple(kept)
+        if missing := [head for head in chosen if head not in kept]:
+            raise InputError(
+                f"{self.site} of head {missing[0]} of layer {call.layer} was not kept (the cache "
+                f"has heads {list(kept)}). Keep it, or name other heads."
             )
         yield Change(self.site, partial(self._patched, call, chosen), "a Patch", chosen)
+
+    def _kept(self, layer: int) -> Sequence[int]:
+        """The heads that the cache has of a layer."""
+        size = self.cache.tensors[self.site, layer].shape[_head_dim(self.site)]
+        some = self.site not in _KEYED and len(self.cache.heads) == size
+        return self.cache.heads if some else range(size)
 
     def _patched(self, call: AttentionCall, chosen: Sequence[int], value: Tensor) -> Tensor:
         at, cache = where(call), self.cache
         rows = at.columns(self.queries) if self.site in _KEYED else at.rows(self.queries)
         own = at.key if self.site in _KEYED else at.query
         real = rows & (own >= 0)
+        if not bool(real.any()):  # while tokens are generated that nobody replaces
+            return value
         keyed = self.site in _KEYED
         positions = [one.key_position if keyed else one.query_position for one in cache.labels]
         index = aligned(own, positions, cache.columns if keyed else cache.rows, real)
         given = cache.tensors[self.site, call.layer].to(value.device, value.dtype)
-        kept = range(given.shape[2]) if keyed else cache.heads
-        head_dim = 1 if self.site in ("scores", "pattern") else 2
+        kept, head_dim = self._kept(call.layer), _head_dim(self.site)
         given = given.index_select(
             head_dim, torch.tensor([list(kept).index(h) for h in chosen], device=given.device)
         )
@@ -125,6 +141,10 @@ class Patch:
         empty = 0.0 if self.site == "pattern" else -torch.inf
         picked = torch.where(seen, picked.movedim(3, 1), empty)
         return torch.where(real[:, None, :, None], picked, value)
+
+
+def _head_dim(site: Site) -> int:
+    return 1 if site in ("scores", "pattern") else 2
 
 
 def heads(
@@ -215,9 +235,8 @@ def paths(
         [(0, 3)]
     """
     ids = [list(item.token_ids) for item in _pair(model, clean, corrupt)]
-    for site, *_ in receivers or ():
-        if site not in ("q", "k", "v"):
-            raise InputError(f"a receiver reads q, k or v, and {site!r} was given.")
+    if receivers is not None:
+        _require_receivers(receivers)
     with reading(model.module):
         (logits, before), (_, other) = (model.run_with_cache(one, sites="z") for one in ids)
         base = float(_measured(metric, logits)[0])
@@ -234,6 +253,15 @@ def paths(
                     changed = model.run_with_hooks(ids[0])
             out[pair] = float(_measured(metric, changed)[0]) - base
     return out
+
+
+def _require_receivers(receivers: Sequence[Any]) -> None:
+    for one in receivers or [()]:
+        if not isinstance(one, list | tuple) or len(one) != 3 or one[0] not in ("q", "k", "v"):
+            raise InputError(
+                f"receivers={receivers!r:.80}. A receiver reads q, k or v: give (site, layer, "
+                "head), as ('q', 1, 3), at least once; or leave them out."
+            )
 
 
 def _heard(model: Model, ids: list[int], receivers: Sequence[tuple[Site, int, int]]) -> list[Patch]:

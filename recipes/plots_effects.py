@@ -23,6 +23,7 @@ from recipes._drawing import (
     MOST_NUMBERS,
     MUTED,
     beside,
+    cell_of,
     colour_bar,
     colours,
     diverging,
@@ -174,9 +175,7 @@ def _write_effects(ax: Axes, image: AxesImage, values: Any, ends: list[Any]) -> 
         for at in means
         if ends and np.isfinite([ends[0][at], ends[1][at]]).all()
     }
-    rows, columns = values.shape
-    box = ax.get_window_extent()
-    cell = min(box.width / columns, box.height / rows) / ax.figure.dpi
+    cell = cell_of(ax)
     for texts, down, most in ((means, -0.13, 8.0), (intervals, 0.22, 6.5)):
         size = min([most, *(0.9 * cell * 72 / em_width(text) for text in texts.values())])
         style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size}

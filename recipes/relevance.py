@@ -168,7 +168,7 @@ def _together(
     cosine = _cosines(table, ids)
     weights = (1 - factor) * (1 - cosine) + factor
     weights = weights.clamp(min(factor, 1.0), max(factor, 1.0))
-    near = cosine >= similarity
+    near = cosine >= similarity - 1e-9  # that of a token with itself is 1 up to rounding
     near.fill_diagonal_(True)
     weights.fill_diagonal_(factor)
     return [

@@ -6,7 +6,7 @@ import xarray as xr
 
 from recipes import stats
 from recipes.gradients import pruning_score
-from recipes.ranking import Ranked, rank
+from recipes.ranking import rank
 
 WORTH = 0.1  # nats: what less than that costs is not missed by anything
 MISSED = 0.1  # of what an ablation costs: a gradient that says less has missed it
@@ -34,9 +34,9 @@ def missed(delta: xr.DataArray, gradient: xr.DataArray) -> list[str]:
     by_gradient = [row.label for row in rank(local, top=None)]
     lines = []
     for place, row in enumerate(rank(cost["mean"], top=None), start=1):
-        at = _at(row, cost)
-        said = float(local.isel(at))
-        sure = row.score > WORTH and float(cost["low"].isel(at)) > 0
+        at = {"layer": row.layer, "head": row.head}
+        said = float(local.sel(at))
+        sure = row.score > WORTH and float(cost["low"].sel(at)) > 0
         if sure and said < MISSED * row.score:
             lines.append(
                 f"gradient importance misses {row.label}: it says {said:.2g} nats, and ablating it "
@@ -61,7 +61,7 @@ def together(names: Sequence[str], alone: Sequence[float], group: float) -> str 
         >>> together(["L1H0", "L1H1"], [0.05, 0.07], 3.0)
         'L1H0, L1H1 stand in for each other: together they cost 3.00 nats, each alone 0.12 in all.'
     """
-    if group <= WORTH or group <= 2 * sum(alone):
+    if len(names) < 2 or not (group > WORTH and group > 2 * sum(alone)):  # or NaN
         return None
     return (
         f"{', '.join(names)} stand in for each other: together they cost {group:.2f} nats, each "
@@ -69,22 +69,26 @@ def together(names: Sequence[str], alone: Sequence[float], group: float) -> str 
     )
 
 
+def estimate(x: xr.DataArray) -> xr.DataArray | xr.Dataset:
+    """What a picture shows of differences over problems: intervals where there are two problems.
+
+    Example:
+        >>> estimate(xr.DataArray([[1.0, 2.0]], dims=("problem", "factor"))).values
+        array([1., 2.])
+    """
+    known = x.dropna("problem", how="all")
+    return stats.bootstrap(known) if known.sizes["problem"] > 1 else known.mean("problem")
+
+
 def interval(x: xr.DataArray, form: str = ".4f") -> str:
     """A mean over problems with its 95 % bootstrap interval; the one number of a single problem.
 
     Example:
         >>> interval(xr.DataArray([0.0, 1.0, 2.0, 1.0], dims="problem"), ".2f")
-        '1.00 [0.50, 1.50]'
+        '1.00 [0.25, 1.75]'
     """
     known = x.dropna("problem")
     if known.sizes["problem"] < 2:
         return f"{float(known.mean()):{form}}" if known.size else "-"
     found = stats.bootstrap(known)
     return f"{float(found['mean']):{form}} [{float(found.low):{form}}, {float(found.high):{form}}]"
-
-
-def _at(row: Ranked, x: xr.Dataset) -> dict[str, int]:
-    """Where a ranked head is in an array."""
-    layers = x["layer"].values.tolist()
-    heads = x["head"].values.tolist()
-    return {"layer": layers.index(row.layer), "head": heads.index(row.head)}

@@ -4,9 +4,8 @@ A sweep runs the blocks below an ablation once: see `probe.branching`.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
@@ -16,8 +15,7 @@ import xarray as xr
 from torch import Tensor
 
 from probe import selection
-from probe.attention import AttentionCall
-from probe.branching import Anatomy, See, Trunk, branch, dissect, grow
+from probe.branching import Anatomy, Trunk, alone, branch, dissect, grow
 from probe.describing import described
 from probe.errors import InputError
 from probe.interventions import lasting
@@ -25,17 +23,20 @@ from probe.model import Model
 from probe.plans import Item
 from probe.running import Reading
 from probe.selection import Selector
+from recipes._ablate import Ablate
 from recipes._choosing import Pairs, chunks
 from recipes._jobs import Options, job, planned
 from recipes._measures import Numbers, mean_nll, mean_of, nll_of
-from recipes._replacing import PATTERNS, pattern_of
 from recipes.effects import require_same, scored_tokens
 from recipes.references import Reference
 from recipes.references import reference as means
 
 SweepMode = Literal["zero", "mean", "resample", "uniform", "first", "identity"]
 
-_TOKENS = 2048  # of variants that run together
+# Numbers in the hidden states of variants that run together: in a core's cache on a CPU, few
+# launches on a GPU.
+_NUMBERS = {"cpu": 1 << 18}
+_GPU_NUMBERS = 1 << 25
 
 
 def sweep(
@@ -96,7 +97,8 @@ def sweep(
     if mode == "mean" and reference is None:
         reference = means(model, problems, **options)
     donors = _donors(items, seed) if mode == "resample" else None
-    each = _Sweep(model, chosen, partial(_seen, mode, reference), per_token)
+    named = sorted({layer for layer, _ in chosen})
+    each = _Sweep(model, chosen, Ablate(layers=named, mode=mode, reference=reference), per_token)
     anatomy: list[Anatomy | None] = []
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
@@ -170,23 +172,13 @@ def _donors(items: Sequence[Item], seed: int) -> list[int]:
     return out
 
 
-def _seen(mode: str, reference: Any, call: AttentionCall, z: Tensor) -> Tensor:
-    """What stands in place of the z of all heads: (batch, query, head, head_dim)."""
-    if mode in PATTERNS:
-        return call.mix(pattern_of(mode, call).expand(call.shape).to(call.dtype))
-    if mode == "mean":
-        means: Tensor = reference.at(call, tuple(range(call.n_heads)))
-        return means.to(z.dtype).expand_as(z)
-    return torch.zeros_like(z)  # of "resample" the donor's is taken
-
-
 @dataclass(frozen=True, slots=True)
 class _Sweep:
     """What a sweep does with every problem."""
 
     model: Model
     chosen: Pairs
-    see: See
+    one: Ablate  # of all heads
     per_token: bool
 
     def over(
@@ -199,8 +191,8 @@ class _Sweep:
     ) -> Reading:
         """All heads of one problem, and the controls."""
         model, n = self.model, item.length
-        trunk = grow(model, item, anatomy, self.see)
-        new = trunk.seen if donor is None else grow(model, donor, None).z
+        trunk = grow(model, item, anatomy)
+        new = self._replacing(trunk, donor)
         ids = torch.tensor(item.token_ids)
         base = nll_of(trunk.logits[0], ids)
         delta = np.full((len(model.layers), model.n_heads, n), np.nan)
@@ -221,6 +213,14 @@ class _Sweep:
         arrays = {name: np.asarray(value, "float32") for name, value in results.items()}
         return Reading(arrays, float(base.mean()) if n > 1 else float("nan"))
 
+    def _replacing(self, trunk: Trunk, donor: Item | None) -> Mapping[int, Tensor]:
+        """By layer, what stands in place of the z of all heads."""
+        if donor is not None:
+            return grow(self.model, donor, None).z
+        if self.one.mode == "zero":
+            return {layer: torch.zeros_like(z) for layer, z in trunk.z.items()}
+        return alone(self.model, trunk, self.one)
+
     def _differences(
         self,
         trunk: Trunk,
@@ -235,7 +235,8 @@ class _Sweep:
         # In 16 bits rounding depends on the batch, so there the unchanged one is part of it.
         paired = self.model.dtype.itemsize < 4
         out = []
-        most = max(1, _TOKENS // len(ids))
+        numbers = _NUMBERS.get(z.device.type, _GPU_NUMBERS)
+        most = max(1, numbers // z[0].numel())
         for some in chunks(range(len(heads)), most):
             variants = z.repeat(len(some) + paired, 1, 1, 1)
             for n, k in enumerate(some):

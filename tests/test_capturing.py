@@ -151,7 +151,7 @@ def test_running_a_finished_capture_again_computes_nothing(
     llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = probe.capture(llama, RAGGED, tmp_path / "s", progress=False).load()
-    monkeypatch.setattr(capturing, "read", None)
+    monkeypatch.setattr(capturing, "read", lambda *_, **__: pytest.fail("the model ran"))
     again = probe.capture(llama, RAGGED, tmp_path / "s", progress=False).load()
     assert first.identical(again)
 

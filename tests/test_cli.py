@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import probe
-from recipes import cli
+from recipes import _cli, cli
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,8 @@ def test_any_importable_function_is_a_metric(
         (("capture", "demo-llama", "no.jsonl", "-o", "s"), "no.jsonl cannot be read"),
         (("capture", "demo-llama", "abc", "-o", "s", "--layers", "a"), "layers"),
         (("check", "demo-lama"), "No demonstration model is named 'demo-lama'"),
-        (("demo", "demo-lama"), "demo-lama"),
+        (("demo", "demo-lama"), "'demo-lama' is no model made for that. Use one of demo-llama"),
+        (("demo", "demo-instruct"), "'demo-instruct' is no model made for that. Use one of"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -257,4 +258,4 @@ def test_plot_draws(arguments: tuple[str, ...], command: Any, store: Path, tmp_p
     ],
 )
 def test_selections_are_typed_as_in_python(text: str | None, selected: object) -> None:
-    assert cli.selector(text) == selected
+    assert _cli.selector(text) == selected

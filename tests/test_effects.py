@@ -16,7 +16,7 @@ import probe
 from probe.errors import InputError, WiringError
 from probe.interventions import Bias, Edit
 from probe.model import Model
-from recipes.ablation import Ablate
+from recipes.ablation import Ablate, Patch
 from recipes.controls import NoOp, elsewhere, others
 from recipes.effects import effect
 from recipes.suppression import Knockout, Mask, Steer, Suppress
@@ -190,8 +190,19 @@ def test_random_tokens_are_as_many_in_each_problem_and_others(demo: Model) -> No
         assert not set(one.keys[1]) & {1, 2}
         two: Any = elsewhere(Suppress(keys=[1, 2], factor=[0.1, 0.2]), demo, items, seed)
         assert two.factor == [[0.1, 0.2], [0.1, 0.2]]
-    assert elsewhere(Bias(value=1.0, keys=1), demo, items, "0") is not None
+    assert elsewhere(Bias(value=1.0, keys=1, heads=[0]), demo, items, "0") is None
     assert elsewhere(Mask(torch.zeros(1, 1, 7, 7)), demo, items, "0") is None
+
+
+def test_what_cannot_be_moved_has_no_control(demo: Model) -> None:
+    _, cache = demo.run_with_cache("abca", sites="z", layers=[1])
+    for one in (
+        Bias(value=-1.0, keys=0, heads=[0]),
+        Edit(site="z", function=lambda z, _: 2 * z, heads=[0]),
+        Patch(cache, heads=[(1, 0)]),
+        Ablate([(1, 0)], mode="resample", reference=cache),
+    ):
+        assert "control" not in run(demo, one, problems=["abxa"])
 
 
 def test_where_too_few_are_left_some_of_the_same_are_drawn() -> None:
