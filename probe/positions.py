@@ -85,11 +85,11 @@ def chosen(
         naming: Finds what a text or a segment names.
 
     Returns:
-        bool (batch or 1, n); never true for padding. A sequence in which a text does not occur has
-        none; if no sequence of the batch has one, there is a warning.
+        bool (batch or 1, n); never true for padding. A sequence in which a text or a segment does
+        not occur has none; if no sequence of the batch has one, there is a warning.
 
     Raises:
-        InputError: An int is not a position of every prompt; no sequence has such a segment.
+        InputError: An int is not a position of every prompt.
     """
     ends = prompt[:, None]
     if isinstance(selector, str) and is_name(selector):
@@ -120,8 +120,6 @@ def _by_name(selector: str, position: Tensor, name: str, naming: Naming | None) 
             "Use positions, 'first:6' or 'last:6'."
         )
     found = naming(selector)
-    if not any(found) and selector.startswith("segment:"):
-        raise InputError(f"{name}={selector!r} selects nothing: no input has such a segment.")
     if not any(found):
         warnings.warn(
             f"{name}={selector!r} selects nothing: no input of this batch has such a token (spaces "

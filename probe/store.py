@@ -80,6 +80,7 @@ def create(
     reduced: Mapping[str, Sequence[str] | schema.Array] | None = None,
     together: int | None = None,
     sizes: Mapping[str, int] | None = None,
+    coords: Mapping[str, Sequence[float]] | None = None,
     dtype: str = "float16",
     loss: bool = True,
     attrs: Mapping[str, object] | None = None,
@@ -102,6 +103,7 @@ def create(
         together: See `schema.layout`.
         sizes: Lengths of dims other than problem, layer and head, as `head_dim` for z. query and
             key may be longer than any problem is now, for tokens that are generated later.
+        coords: Labels of dims that `sizes` has, by dim: numbers, float64.
         dtype: Of the sites, "float16" or "float32".
         loss: Whether to keep a loss per problem.
         attrs: More to record. `versions` is merged with those of numpy, xarray and zarr;
@@ -142,6 +144,8 @@ def create(
         group = zarr.create_group(target, zarr_format=3, attributes=story)
         make_arrays(group, arrays, layout, extent, loss=loss)
         write_labels(group, labels, layers, heads, block=layout.block)
+        for dim, values in (coords or {}).items():
+            group.create_array(dim, data=np.array(values, "float64"), dimension_names=[dim])
         disk.move_into_place(target, path, replace=replace)
         undo.pop_all()
     disk.sweep(path)

@@ -28,15 +28,15 @@ class Text:
         self.tokenizer, self.name, self.intake = tokenizer, name, intake
         self._said: dict[int, str] = {}  # what each token says, once it was asked
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer adds."""
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds, or without."""
         if self.tokenizer is None:
             raise InputError(
                 f"{self.name} was loaded without a tokenizer, so it cannot read the text "
                 f"{text[:40]!r}. Give token ids, or load it with tokenizer=."
             )
         try:
-            return [int(i) for i in self.tokenizer(text)["input_ids"]]
+            return [int(i) for i in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
         except Exception as error:
             raise InputError(
                 f"the tokenizer of {self.name} cannot encode {text[:40]!r}: "

@@ -18,7 +18,7 @@ from probe import schema, store
 from probe.errors import InputError
 from probe.model import Model
 from probe.plans import Item, Plan
-from probe.running import OnError, Reading, Work, run
+from probe.running import OnError, Reading, Work, require, run
 from recipes._measures import mean_nll
 
 # Problems whose results lie together, and which a killed run may have to compute again: few, but
@@ -45,7 +45,14 @@ class Options(TypedDict, total=False):
     progress: bool
 
 
-def planned(model: Model, problems: object, options: Options, *, max_new_tokens: int = 0) -> Plan:
+def planned(
+    model: Model,
+    problems: object,
+    options: Options,
+    *,
+    where: object = None,
+    max_new_tokens: int = 0,
+) -> Plan:
     """The problems made ready: of a store or its folder, or whatever `probe.problems` reads.
 
     All their tokens are rows and columns of the results, and none that would be generated.
@@ -56,9 +63,32 @@ def planned(model: Model, problems: object, options: Options, *, max_new_tokens:
     if unknown := set(options) - set(Options.__annotations__):
         known = ", ".join(Options.__annotations__)
         raise InputError(f"there is no option {min(unknown)!r}. Choose from {known}.")
-    limits = {name: options.get(name) for name in ("batch_size", "max_length")}
-    todo = probe.plan(model, opened(problems), max_new_tokens=max_new_tokens, **limits)  # type: ignore[arg-type]
-    return replace(todo, items=tuple(map(_whole, todo.items)))
+    if where is not None or "on_error" in options:
+        require("" if where is None else where, options.get("on_error", "record"))
+    source = opened(problems)
+    limits: dict[str, Any] = {n: options.get(n) for n in ("batch_size", "max_length")}
+    # Of one layer: those of others may have other heads, and nothing of a plan but its problems
+    # and its batches counts here.
+    todo = probe.plan(
+        model, source, layers=model.layers[0], max_new_tokens=max_new_tokens, **limits
+    )
+    _require_same_words(model, source, todo.items)
+    attrs = {name: value for name, value in todo.attrs.items() if name != "selection"}
+    return replace(todo, items=tuple(map(_whole, todo.items)), attrs=attrs)
+
+
+def _require_same_words(model: Model, source: Any, items: Sequence[Item]) -> None:
+    """Refuse a store whose token ids say something else to this model."""
+    if not hasattr(source, "data_vars") or model.tokenizer is None or not items:
+        return
+    wanted = [str(text) for text in source.token.sel(problem=items[0].problem.id).values]
+    found = model.text.decode(items[0].token_ids)
+    if any(wanted) and wanted[: len(found)] != found:
+        raise InputError(
+            f"the store's problem {items[0].problem.id!r} begins {''.join(wanted)[:40]!r}, and to "
+            f"{model.name} its token ids say {''.join(found)[:40]!r}: it was captured with another "
+            "tokenizer. Give the problems themselves."
+        )
 
 
 def _whole(item: Item) -> Item:
@@ -122,6 +152,7 @@ def job(
     compute: Callable[..., Sequence[Reading]],
     texts: Sequence[str] = (),
     sizes: Mapping[str, int] | None = None,
+    coords: Mapping[str, Sequence[float]] | None = None,
     alone: bool = False,
     options: Options,
 ) -> xr.Dataset:
@@ -136,6 +167,7 @@ def job(
         compute: See `probe.running.Work`.
         texts: Results that are texts, one for each problem.
         sizes: Lengths of dims that a store does not have by itself.
+        coords: Dims that are labelled with numbers.
         alone: Whether each problem is a batch of its own.
         options: How to run.
 
@@ -146,17 +178,20 @@ def job(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "results.zarr"
             inner = partial(job, model, todo, path, recipe=recipe, arrays=arrays, compute=compute)
-            return inner(texts=texts, sizes=sizes, alone=alone, options=options).load()
+            return inner(
+                texts=texts, sizes=sizes, coords=coords, alone=alone, options=options
+            ).load()
     config = {name: todo.config[name] for name in _SHAPING} | {"recipe": dict(recipe)}
     specs = {name: schema.Array(tuple(dims), "float32", np.nan) for name, dims in arrays.items()}
     specs |= dict.fromkeys(texts, _TEXTS)
-    lengths = todo.sizes | dict(sizes or {})
+    coords = dict(coords or {})
+    lengths = todo.sizes | dict(sizes or {}) | {name: len(x) for name, x in coords.items()}
     work = Work(
         items=todo.items,
         batches=[(i,) for i in range(len(todo.items))] if alone else todo.batches,
         config=config,
         size=_bytes(model, todo, specs, lengths),
-        create=partial(_create, model, todo, config, specs, lengths),
+        create=partial(_create, model, todo, config, specs, lengths, coords),
         compute=compute,
     )
     return run(
@@ -178,6 +213,7 @@ def _create(
     config: Mapping[str, object],
     arrays: Mapping[str, schema.Array],
     sizes: Mapping[str, int],
+    coords: Mapping[str, Sequence[float]],
     path: Path,
     overwrite: bool,
 ) -> store.Writer:
@@ -191,6 +227,7 @@ def _create(
         reduced=arrays,
         together=max(_TOGETHER, len(todo.items) // _SHARDS),
         sizes=sizes,
+        coords=coords,
         attrs={**todo.attrs, "recipe": config["recipe"]},
         overwrite=overwrite,
     )

@@ -139,7 +139,7 @@ def ablate(
     require_picture(plot)
     quiet()
     from recipes import _telling, ablation, plots
-    from recipes.controls import heads_of
+    from recipes._placing import heads_of
     from recipes.summaries import estimate
 
     options: dict[str, Any] = {"tokens": selector(tokens), "max_length": max_length}

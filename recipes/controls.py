@@ -13,12 +13,12 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from probe import selection
 from probe.attention import AttentionCall
 from probe.interventions import Add, Change, Intervention
 from probe.model import Model
 from probe.plans import Item
-from recipes._choosing import Pairs, are_pairs, are_per_item
+from recipes._choosing import are_per_item
+from recipes._placing import heads_of, named_keys
 
 
 @dataclass(frozen=True)
@@ -92,51 +92,6 @@ def elsewhere(one: Any, model: Model, items: Sequence[Item], seed: str) -> Inter
     if isinstance(factor, Sequence):
         changes["factor"] = list(factor) if are_per_item(factor) else [factor] * len(items)
     return cast("Intervention", dataclasses.replace(one, **changes))
-
-
-def heads_of(one: Any, model: Model) -> list[tuple[int, int]]:
-    """The (layer, head) pairs that an intervention names."""
-    if are_pairs(one.heads):
-        return absolute(one.heads, model)
-    layers = selection.axis(getattr(one, "layers", None), model.n_layers, "layers")
-    return [
-        (layer, head)
-        for layer in layers
-        if layer in model.layers
-        for head in selection.axis(one.heads, model.tap.shapes[layer].heads, "heads")
-    ]
-
-
-def absolute(heads: Pairs, model: Model) -> list[tuple[int, int]]:
-    """Pairs (layer, head) that exist, negative numbers counted from the end.
-
-    Raises:
-        InputError: One does not exist.
-    """
-    found = []
-    for layer, head in heads:
-        at = selection.axis(layer, model.n_layers, "layers")[0]
-        n = model.tap.shapes[at].heads if at in model.layers else 0
-        found.append((at, selection.axis(head, n, "heads")[0]))
-    return found
-
-
-def named_keys(keys: Any, model: Model, item: Item, n: int) -> list[int]:
-    """The token positions that keys name in a problem, the n-th of its batch."""
-    if are_per_item(keys):
-        own = keys[n if len(keys) > 1 else 0]
-        return [k % item.length for k in own if k is not None]
-    several = isinstance(keys, list | tuple) and any(isinstance(k, slice | str) for k in keys)
-    found: set[int] = set()
-    for part in keys if several else [keys]:
-        if isinstance(part, str) and selection.is_name(part):
-            said = partial(model.text.decode, item.token_ids)
-            found |= set(selection.named(part, item.segments, said))
-        elif part != []:
-            found |= set(
-                selection.positions(part, item.length, name="keys", problem=item.problem.id)
-            )
-    return sorted(found)
 
 
 def others(everything: Iterable[Any], named: Sequence[Any], rng: random.Random) -> list[Any]:

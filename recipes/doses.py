@@ -15,16 +15,15 @@ from probe.describing import as_data
 from probe.errors import InputError
 from probe.interventions import lasting
 from probe.model import Model
-from probe.plans import Plan
 from probe.reading import logits
 from probe.running import Reading
 from probe.selection import Selector
 from recipes._choosing import are_pairs, plain
 from recipes._jobs import Options, job, planned, readings
 from recipes._measures import accuracy, mean_nll, of_target
+from recipes._placing import of_batch, require_places
 from recipes._suppress import Knockout, Steer, Suppress, window
-from recipes.controls import heads_of
-from recipes.effects import Target, _of, _require_fit, scored_tokens, targets, unchanged
+from recipes.effects import Target, scored_tokens, targets, unchanged
 
 
 def dose_response(
@@ -66,13 +65,13 @@ def dose_response(
     each = [replace(one, factor=factor) for factor in doses]
     strongest = replace(one, factor=max(doses, key=lambda dose: abs(dose - 1)))
     tokens = lasting(tokens)
-    todo = planned(model, problems, options)
-    _require_places(model, one, todo)
+    todo = planned(model, problems, options, where=store)
+    require_places(model, todo.items, one)
     scored = [scored_tokens(model, item, tokens) for item in todo.items]
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         items = [todo.items[i] for i in batch]
-        base, idle = unchanged(model, items, _of(strongest, batch))
+        base, idle = unchanged(model, items, of_batch(strongest, batch))
         ids, counted = [torch.tensor(i.token_ids) for i in items], [scored[i] for i in batch]
 
         def measured(rows: Tensor) -> list[tuple[float, float]]:
@@ -80,7 +79,7 @@ def dose_response(
             return [(accuracy(*one), mean_nll(*one)) for one in each]
 
         runs = [measured(base), measured(idle)]
-        runs += [measured(logits(model, items, _of(dose, batch))) for dose in each]
+        runs += [measured(logits(model, items, of_batch(dose, batch))) for dose in each]
         table = np.array(runs)  # (run, problem, accuracy and loss)
         results = {
             "base_accuracy": table[0, :, 0],
@@ -101,11 +100,10 @@ def dose_response(
         "factors": doses,
         "tokens": selection.as_data(tokens),
     }
-    ds = job(
+    return job(
         model, todo, store, recipe=recipe, arrays=arrays, compute=compute,
-        sizes={"factor": len(doses)}, options=options,
+        coords={"factor": doses}, options=options,
     )  # fmt: skip
-    return ds.assign_coords(factor=doses)
 
 
 def knockout_by_layer(
@@ -152,14 +150,14 @@ def knockout_by_layer(
         )
     if type(width) is not int or width < 1:
         raise InputError(f"width={width!r}. It must be an int of at least 1.")
-    todo = planned(model, problems, options)
-    _require_places(model, replace(one, layers=None), todo)
+    todo = planned(model, problems, options, where=store)
+    require_places(model, todo.items, replace(one, layers=None))
     wanted = targets(model, todo.items, target)
     each = [replace(one, layers=window(la, width, model.n_layers)) for la in model.layers]
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         items = [todo.items[i] for i in batch]
-        base, idle = unchanged(model, items, _of(each[0], batch))
+        base, idle = unchanged(model, items, of_batch(each[0], batch))
         lasts = [item.length - 1 for item in items]
         chosen = [
             int(base[n, last].argmax()) if wanted[i] is None else wanted[i]
@@ -170,7 +168,7 @@ def knockout_by_layer(
             return [of_target(base[n, last], rows[n, last], chosen[n])  # type: ignore[arg-type]
                     for n, last in enumerate(lasts)]  # fmt: skip
 
-        runs = [followed(logits(model, items, _of(some, batch))) for some in each]
+        runs = [followed(logits(model, items, of_batch(some, batch))) for some in each]
         p, delta = (
             np.array([[x[name] for x in run] for run in runs]).T for name in ("p", "delta_logit")
         )
@@ -207,12 +205,6 @@ def _doses(factors: Any) -> list[float]:
     if not doses or len(set(doses)) < len(doses):
         raise InputError(f"factors={factors!r:.80}. Give numbers, each once, as [1, 0.1, 0].")
     return doses
-
-
-def _require_places(model: Model, one: Any, todo: Plan) -> None:
-    """Refuse layers and heads that do not exist, and keys of other problems, before any run."""
-    heads_of(one, model)
-    _require_fit([one], todo.items)
 
 
 __all__ = ["dose_response", "knockout_by_layer"]

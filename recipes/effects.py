@@ -1,8 +1,8 @@
 """What interventions change, problem by problem, beside their controls."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -20,10 +20,11 @@ from probe.plans import Item
 from probe.reading import generated, logits
 from probe.running import Reading
 from probe.selection import Selector
-from recipes._choosing import are_per_item
-from recipes._jobs import Options, job, planned, readings
+from recipes._jobs import Options, job, planned, readings, said
 from recipes._measures import PER_TOKEN, TARGET, accuracy, arrays_of, mean_nll, of_target, per_token
+from recipes._placing import of_batch, require_places
 from recipes.controls import NoOp, elsewhere
+from recipes.references import stated
 
 __all__ = ["effect", "scored_tokens", "targets"]
 
@@ -93,9 +94,10 @@ def effect(
     if type(draws) is not int or draws < 0:
         raise InputError(f"draws={draws!r}. It must be an int of at least 0.")
     tokens = lasting(tokens)
-    todo = planned(model, problems, options, max_new_tokens=max_new_tokens)
-    items = tuple(_prompt(item) for item in todo.items)
-    _require_fit(interventions, items)
+    todo = planned(model, problems, options, where=store, max_new_tokens=max_new_tokens)
+    items = todo.items
+    require_places(model, items, *interventions)
+    interventions = tuple(stated(one, model, todo) for one in interventions)
     scored = [scored_tokens(model, item, tokens) for item in items]
     wanted = targets(model, items, target)
     recipe = {
@@ -113,14 +115,14 @@ def effect(
     arrays |= arrays_of(("problem",), TARGET, "target_")
     arrays |= arrays_of(("problem", "query"), PER_TOKEN)
     controlled = draws and any(
-        elsewhere(_of(one, [0]), model, items[:1], "") for one in interventions
+        elsewhere(of_batch(one, [0]), model, items[:1], "") for one in interventions
     )
     if controlled:
         arrays["control"] = ("problem", "draw")
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         some, counted = [items[i] for i in batch], [scored[i] for i in batch]
-        ones = [_of(one, batch) for one in interventions]
+        ones = [of_batch(one, batch) for one in interventions]
         base, idle = unchanged(model, some, *ones)
         noop = _losses(idle, some, counted)
         del idle
@@ -149,7 +151,7 @@ def effect(
 
     return job(
         model,
-        replace(todo, items=items),
+        todo,
         store,
         recipe=recipe,
         arrays=arrays,
@@ -198,52 +200,24 @@ def _target(model: Model, item: Item, target: Target) -> int | None:
         found = target.get(item.problem.id)
     elif isinstance(target, str) and target.startswith("field:"):
         found = item.problem.fields.get(target.removeprefix("field:"))
-    if found is None and target is not None:
-        raise InputError(
-            f"target={target!r:.60} has nothing for problem {item.problem.id!r}. Give a token for "
-            "every problem."
-        )
+    if found is None and target is None:
+        return None
+    whose = f"the target of problem {item.problem.id!r}"
     if isinstance(found, str):
-        tokenizer = model.tokenizer
-        ids = tokenizer(found, add_special_tokens=False)["input_ids"] if tokenizer else []
+        ids = model.text.encode(found, special=False)
         if len(ids) != 1:
             raise InputError(
-                f"the target {found!r} of problem {item.problem.id!r} is {len(ids)} tokens, and "
-                "one is followed. Give a text that is one token (spaces count), or a token id."
+                f"{whose}, {found!r}, is {len(ids)} tokens, and one is followed. Give a text that "
+                "is one token (spaces count), or a token id."
             )
-        found = ids[0]
-    if found is None:
-        return None
-    model.text.check([found], what=f"the target of problem {item.problem.id!r}")
+        (found,) = ids
+    if not isinstance(found, Integral) or isinstance(found, bool):
+        raise InputError(
+            f"{whose} is {found!r}, from target={target!r:.60}. Give a token for every problem: a "
+            "text, or an int."
+        )
+    model.text.check([int(found)], what=whose)
     return int(found)
-
-
-def _prompt(item: Item) -> Item:
-    """All rows and columns of a problem, without those that would be generated."""
-    everything = tuple(range(item.length))
-    return replace(item, queries=everything, keys=everything)
-
-
-def _of(one: Any, batch: Sequence[int]) -> Any:
-    """An intervention with the keys of the problems of a batch, where each has its own."""
-    keys = getattr(one, "keys", None)
-    if keys is None or not are_per_item(keys) or len(keys) == 1:
-        return one
-    changes: dict[str, Any] = {"keys": [keys[i] for i in batch]}
-    factor = getattr(one, "factor", None)
-    if isinstance(factor, Sequence) and are_per_item(factor):
-        changes["factor"] = [factor[i] for i in batch]
-    return replace(one, **changes)
-
-
-def _require_fit(interventions: Sequence[Any], items: Sequence[Item]) -> None:
-    for one in interventions:
-        keys = getattr(one, "keys", None)
-        if keys is not None and are_per_item(keys) and len(keys) not in (1, len(items)):
-            raise InputError(
-                f"keys are given for {len(keys)} items, and there are {len(items)} problems. Give "
-                "one list for each problem, or one for all."
-            )
 
 
 def unchanged(
@@ -319,4 +293,4 @@ def _add_texts(
 ) -> None:
     for name, ones in (("base_text", ()), ("text", interventions)):
         for one, new in zip(found, generated(model, items, ones, most), strict=True):
-            one[name] = "".join(model.text.decode(new))
+            one[name] = said(model, new)

@@ -23,7 +23,7 @@ from probe.reading import logits
 from probe.selection import Selector
 from recipes._choosing import Pairs
 from recipes._jobs import Options, planned
-from recipes.controls import absolute
+from recipes._placing import absolute
 from recipes.effects import scored_tokens
 from recipes.references import Reference
 

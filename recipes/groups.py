@@ -4,6 +4,7 @@ Heads that stand in for each other cost little alone and much together, which no
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any, Unpack
@@ -26,10 +27,9 @@ from recipes._ablate import Ablate, Mode
 from recipes._choosing import Pairs
 from recipes._jobs import Options, job, planned, readings
 from recipes._measures import Numbers, accuracy, mean_nll
-from recipes.controls import absolute
+from recipes._placing import absolute
 from recipes.effects import scored_tokens, unchanged
-from recipes.references import Reference
-from recipes.references import reference as means
+from recipes.references import Reference, stated
 
 
 def cumulative(
@@ -73,16 +73,13 @@ def cumulative(
         (('problem', 'size'), 3)
     """
     pairs, tokens = absolute(order, model), lasting(tokens)
-    if len(set(pairs)) < len(pairs):
-        raise InputError(f"order={order!r:.80} names a head twice. Name each once.")
+    if not pairs or len(set(pairs)) < len(pairs):
+        raise InputError(f"order={order!r:.80} names no head, or one twice. Name each once.")
     if type(draws) is not int or draws < 0:
         raise InputError(f"draws={draws!r}. It must be an int of at least 0.")
-    if mode == "mean" and reference is None:  # that of a batch would depend on its size
-        reference = means(model, problems, **options)
-    todo = planned(model, problems, options)
+    todo = planned(model, problems, options, where=store)
     scored = [scored_tokens(model, item, tokens) for item in todo.items]
-    made = {"mode": mode, "reference": reference, "seed": seed}
-    whole = Ablate(pairs, **made)  # type: ignore[arg-type]
+    whole = stated(Ablate(pairs, mode=mode, reference=reference, seed=seed), model, todo)
     every = [(la, h) for la in model.layers for h in range(model.tap.shapes[la].heads)]
     orders = [pairs, *(Random(f"{seed} {n}").sample(every, len(pairs)) for n in range(draws))]
 
@@ -95,7 +92,7 @@ def cumulative(
         runs = np.empty((len(orders), len(pairs), 2, len(items)))
         for n, some in enumerate(orders):
             for size in range(len(pairs)):
-                one = Ablate(some[: size + 1], **made)  # type: ignore[arg-type]
+                one = replace(whole, heads=some[: size + 1])
                 runs[n, size] = _measured(logits(model, items, one), items, counted)
         results = {
             "base_loss": before,
@@ -116,17 +113,16 @@ def cumulative(
         "name": "cumulative",
         "order": [list(pair) for pair in pairs],
         "mode": mode,
-        "reference": described(reference, "reference"),
+        "reference": described(whole.reference, "reference"),
         "tokens": selection.as_data(tokens),
         "draws": draws,
         "seed": seed,
     }
-    sizes = {"draw": max(draws, 1), "size": len(pairs)}
-    ds = job(
-        model, todo, store, recipe=recipe, arrays=arrays, compute=compute, sizes=sizes,
-        options=options,
+    coords = {"size": list(range(1, len(pairs) + 1))}
+    return job(
+        model, todo, store, recipe=recipe, arrays=arrays, compute=compute,
+        sizes={"draw": max(draws, 1)}, coords=coords, options=options,
     )  # fmt: skip
-    return ds.assign_coords(size=range(1, len(pairs) + 1))
 
 
 def greedy(
@@ -167,13 +163,12 @@ def greedy(
     free = every if candidates is None else list(dict.fromkeys(absolute(candidates, model)))
     if type(n) is not int or not 1 <= n <= len(free):
         raise InputError(f"n={n!r} heads cannot be taken: there are {len(free)} candidates.")
-    if mode == "mean" and reference is None:
-        reference = means(model, problems, **options)
     todo, tokens = planned(model, problems, options), lasting(tokens)
+    every_head = stated(Ablate(free, mode=mode, reference=reference), model, todo)
     scored = [scored_tokens(model, item, tokens) for item in todo.items]
 
     def loss(pairs: Pairs) -> float:
-        ones = [Ablate(pairs, mode=mode, reference=reference)] if pairs else []
+        ones = [replace(every_head, heads=pairs)] if pairs else []
         each = [
             _measured(logits(model, [todo.items[i] for i in b], *ones),
                       [todo.items[i] for i in b], [scored[i] for i in b])[0]

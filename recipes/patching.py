@@ -30,8 +30,8 @@ from probe.planning import plan
 from probe.plans import Item
 from probe.selection import Selector
 from recipes._choosing import Heads, Pairs, chunks, heads_in, plain, require_heads
+from recipes._placing import absolute
 from recipes._replacing import aligned
-from recipes.controls import absolute
 
 __all__ = ["Patch", "heads", "paths"]
 

@@ -1,8 +1,8 @@
 """The mean z of every head over a stated set of problems, to ablate with."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, Unpack
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from probe.errors import InputError
 from probe.hearing import reading
 from probe.interventions import Edit, where
 from probe.model import Model
+from probe.plans import Plan
 from probe.reading import logits
 from recipes._jobs import Options, planned
 
@@ -77,7 +78,17 @@ def reference(
     """
     if per not in ("all", "position"):
         raise InputError(f"per={per!r}. Choose 'all' or 'position'.")
-    todo = planned(model, problems, options)
+    return _of_plan(model, planned(model, problems, options), per)
+
+
+def stated(one: Any, model: Model, todo: Plan) -> Any:
+    """An intervention that takes the mean of the batch that runs, with that of all problems."""
+    if getattr(one, "mode", None) != "mean" or getattr(one, "reference", 0) is not None:
+        return one
+    return replace(one, reference=_of_plan(model, todo, "all"))
+
+
+def _of_plan(model: Model, todo: Plan, per: str) -> Reference:
     longest = max(item.length for item in todo.items)
     sums: dict[int, Tensor] = {}
     count = torch.zeros(longest, dtype=torch.float64)

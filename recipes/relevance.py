@@ -23,8 +23,8 @@ from probe.selection import Selector
 from recipes._choosing import Heads, chunks
 from recipes._jobs import Options, job, planned, readings, said
 from recipes._measures import mean_of, nll_of
+from recipes._placing import heads_of
 from recipes._suppress import Mode, Suppress
-from recipes.controls import heads_of
 from recipes.effects import unchanged
 
 __all__ = ["relevance"]

@@ -28,8 +28,7 @@ from recipes._choosing import Pairs, chunks
 from recipes._jobs import Options, job, planned
 from recipes._measures import Numbers, mean_nll, mean_of, nll_of
 from recipes.effects import require_same, scored_tokens
-from recipes.references import Reference
-from recipes.references import reference as means
+from recipes.references import Reference, stated
 
 SweepMode = Literal["zero", "mean", "resample", "uniform", "first", "identity"]
 
@@ -90,15 +89,14 @@ def sweep(
     """
     _require_mode(mode, reference)
     tokens = lasting(tokens)
-    todo = planned(model, problems, options)
+    todo = planned(model, problems, options, where=store)
     items = todo.items
     scored = [scored_tokens(model, item, tokens) for item in items]
     chosen = _chosen(model, layers, heads)
-    if mode == "mean" and reference is None:
-        reference = means(model, problems, **options)
     donors = _donors(items, seed) if mode == "resample" else None
     named = sorted({layer for layer, _ in chosen})
-    each = _Sweep(model, chosen, Ablate(layers=named, mode=mode, reference=reference), per_token)
+    one = stated(Ablate(layers=named, mode=mode, reference=reference), model, todo)
+    each = _Sweep(model, chosen, one, per_token)
     anatomy: list[Anatomy | None] = []
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
@@ -116,7 +114,7 @@ def sweep(
     recipe = {
         "name": "sweep",
         "mode": mode,
-        "reference": None if reference is None else described(reference, "reference"),
+        "reference": described(one.reference, "reference"),
         "heads": [list(pair) for pair in chosen],
         "tokens": selection.as_data(tokens),
         "per_token": per_token,

@@ -191,19 +191,19 @@ def test_a_store_brings_its_problems_without_what_was_generated(command: Any, st
     assert "1 problems done, 0 failed of 1" in said
 
 
-def test_what_failed_is_told_on_stderr(command: Any, tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("abc\nabcabc\n", encoding="utf-8")
-    keys = ("--keys", "5", "--factors", "1,0", "--plot", tmp_path / "p.png")
-    code, said, errors = command("suppress", "demo-llama", tmp_path / "t.txt", *keys)
-    assert code == 0
-    assert "1 problems done, 1 failed of 2" in said
-    assert "failed: 0: InputError: keys=5 is out of range" in errors
-    assert is_picture(tmp_path / "p.png")
-
-
-def test_gradients_are_those_of_the_problems_that_did_not_fail(
-    command: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+def test_keys_that_a_problem_does_not_have_are_refused_before_any_runs(
+    command: Any, tmp_path: Path
 ) -> None:
+    (tmp_path / "t.txt").write_text("abcabc\nabc\n", encoding="utf-8")
+    code, _, errors = command("suppress", "demo-llama", tmp_path / "t.txt", "--keys", "5")
+    assert code == 1
+    assert "keys=5 is out of range: problem '1' has 4 tokens" in errors
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of every command fails on problems with a k."""
+
     def fail(_: Any, __: Any, named: dict[str, Any]) -> None:
         if bool((named["input_ids"] == 11).any()):  # k
             raise ArithmeticError("too large")
@@ -211,6 +211,21 @@ def test_gradients_are_those_of_the_problems_that_did_not_fail(
     model = probe.load("demo-llama", device="cpu")
     model.module.register_forward_pre_hook(fail, with_kwargs=True)
     monkeypatch.setattr(probe, "load", lambda _: model)
+
+
+@pytest.mark.usefixtures("failing")
+def test_what_failed_is_told_on_stderr(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("abk\nabcabc\n", encoding="utf-8")
+    keys = ("--keys", "2", "--factors", "1,0", "--plot", tmp_path / "p.png")
+    code, said, errors = command("suppress", "demo-llama", tmp_path / "t.txt", *keys)
+    assert code == 0
+    assert "1 problems done, 1 failed of 2" in said
+    assert "failed: 0: ArithmeticError: too large" in errors
+    assert is_picture(tmp_path / "p.png")
+
+
+@pytest.mark.usefixtures("failing")
+def test_gradients_are_those_of_the_problems_that_did_not_fail(command: Any, file: Path) -> None:
     code, said, errors = command("ablate", "demo-llama", file)
     assert code == 0
     assert "failed: p2: ArithmeticError: too large" in errors

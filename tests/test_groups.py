@@ -168,8 +168,11 @@ def test_an_order_resumes_and_another_does_not(demo: Model, tmp_path: Path) -> N
 order: Any = cumulative  # their types would refuse what is wrong
 worst: Any = greedy
 WRONG: list[tuple[Any, str]] = [
-    (lambda m: order(m, PROBLEMS, [(1, 0), (1, -4)]), r"names a head twice\. Name each once"),
-    (lambda m: order(m, PROBLEMS, []), r"names no heads"),
+    (
+        lambda m: order(m, PROBLEMS, [(1, 0), (1, -4)]),
+        r"names no head, or one twice\. Name each once",
+    ),
+    (lambda m: order(m, PROBLEMS, []), r"names no head, or one twice"),
     (lambda m: order(m, PROBLEMS, [(2, 0)]), r"layers=2 is out of range"),
     (lambda m: order(m, PROBLEMS, [(1, 4)]), r"heads=4 is out of range"),
     (lambda m: order(m, PROBLEMS, [(1, 0)], draws=-1), r"draws=-1\. It must be an int of at"),

@@ -76,10 +76,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         r"keys=8 is out of range: a prompt of this batch has 8 tokens\. Use 0 to 7, or an open",
     ),
     "a row before the prompt": (Bias(value=1.0, queries=-9), r"queries=-9 is out of range"),
-    "a segment": (
-        Bias(value=1.0, queries="segment:latent"),
-        r"queries='segment:latent' selects nothing: no input has such a segment\.",
-    ),
     "a word": (Bias(value=1.0, keys="last"), r"keys='last' is not a selection"),
     "a slice that counts backwards": (
         Bias(value=1.0, keys=slice(None, None, -1)),

@@ -123,7 +123,6 @@ def test_a_mistake_is_refused_when_it_is_written(make: Any, message: str) -> Non
         (Suppress(keys=1, layers=3), "layers=3 is out of range: the model has 3 layers"),
         (Suppress(keys=1, heads=[(0, 4)]), "heads=4 is out of range: the model has 4 heads"),
         (Suppress(keys=1, heads=[(3, 0)]), "layers=3 is out of range"),
-        (Suppress(keys="segment:latent"), "selects nothing: no input has such a segment."),
         (Suppress(keys="text: not"), "names tokens by their text, which is not known here: the mo"),
         (Steer(keys="regex:a"), "names tokens by their text"),
     ],
