@@ -6,6 +6,7 @@ Exit codes: 0, 1 (one red message), 2 (usage). Heavy imports wait until a comman
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,6 +53,7 @@ Metric = Annotated[str, typer.Argument(help="heads.induction, flow.hub, or any i
 
 def main() -> None:
     """Run the command; an error that we raise on purpose is one red line, not a traceback."""
+    warnings.showwarning = _warn
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     try:
@@ -62,6 +64,11 @@ def main() -> None:
         message = f"{type(error).__name__}: {error}"
         Console(stderr=True, soft_wrap=True).print(Plain(message, style="red"))
         sys.exit(1)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line, without the source that gave it."""
+    Console(stderr=True, soft_wrap=True).print(f"warning: {message}", style="yellow", markup=False)
 
 
 @app.command()
