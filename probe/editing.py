@@ -10,7 +10,7 @@ from torch import Tensor
 from probe import selection
 from probe.attention import AttentionCall
 from probe.errors import InputError
-from probe.interventions import Add, Change, Site
+from probe.interventions import Add, Change, Site, where
 
 INPUTS: dict[Site, str] = {"q": "query", "k": "key", "v": "value"}
 
@@ -25,7 +25,10 @@ def edited(call: AttentionCall, edits: Sequence[Add | Change]) -> AttentionCall:
         value, cut = changed(site, given.transpose(1, 2), edits)
         if cut:
             call = replace(call, **{name: value.transpose(1, 2)})  # type: ignore[arg-type]
-    biases = [edit.bias for edit in edits if isinstance(edit, Add)]
+    added = [edit for edit in edits if isinstance(edit, Add)]
+    if any(edit.opens for edit in added):
+        call = replace(call, mask=(where(call).key >= 0)[:, None, None, :])
+    biases = [edit.bias for edit in added]
     return call.biased(cast(Tensor, sum(biases))) if biases else call
 
 

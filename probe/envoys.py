@@ -166,6 +166,11 @@ class Publisher:
         names = [e.name for e in edits if isinstance(e, Change) and e.site in ("q", "k", "v")]
         if self._asked("call"):
             names.append(".call (q, k and v)")
+        if any(isinstance(e, Add) and e.opens for e in edits):
+            raise InputError(
+                f"the mask of layer {self.layer} is in its module's own code, and what it hides "
+                "cannot be opened. Leave out allow_future."
+            )
         if names:
             raise InputError(
                 f"{names[0]} cannot be read or changed in layer {self.layer}, whose module turns "

@@ -9,7 +9,7 @@ that name them.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
@@ -33,9 +33,12 @@ class Add:
 
     Attributes:
         bias: (batch or 1, head or 1, query or 1, key or 1), float.
+        opens: Whether it stands in place of the model's own mask: all but padding is seen then,
+            unless a bias hides it.
     """
 
     bias: Tensor
+    opens: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +67,19 @@ class Intervention(Protocol):
 
     def edits(self, call: AttentionCall) -> Iterable[Add | Change]:
         """What to change in this call; nothing in the layers that it does not name."""
+
+
+def of_items(one: Intervention, items: Sequence[int], n: int) -> Intervention:
+    """An intervention for some of n problems, in the order in which they run.
+
+    One that says something else of each problem has a method `of_items(items, n)`.
+
+    Raises:
+        InputError: It speaks of another number of problems.
+    """
+    chosen = getattr(one, "of_items", None)
+    found: Intervention = one if chosen is None else chosen(items, n)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 from probe import selection
 from probe.describing import as_data
 from probe.errors import InputError
-from probe.interventions import Intervention, lasting
+from probe.interventions import Intervention, lasting, of_items, require
 from probe.model import Model
 from probe.plans import Item, Plan
 from probe.problems import Problem, Problems
@@ -84,6 +84,7 @@ def plan(
     _check(sites, dtype, batch_size, max_length)
     _check_new(model, max_new_tokens)
     source = read_problems(problems)
+    _check_interventions(around, interventions, len(source), max_new_tokens)
     ready = (model, queries, keys, max_length, max_new_tokens)
     items = tuple(_item(problem, *ready) for problem in source)
     chosen_layers = _layers(model, layers)
@@ -149,6 +150,25 @@ def _check(sites: Sequence[str], dtype: str, batch: int | None, length: int | No
             raise InputError(f"{name}={value!r}. It must be an int of at least 1.")
 
 
+def _check_interventions(
+    around: Sequence[Intervention], interventions: Sequence[Intervention], n: int, new: int
+) -> None:
+    for one in interventions:
+        require(one)
+        of_items(one, range(n), n)
+    for one in around:
+        if of_items(one, range(n), n) is not one:
+            raise InputError(
+                f"{one!r:.60} says something else of each input, and a capture puts its problems "
+                "into batches of its own. Give it as interventions= and not around the call."
+            )
+    if new and any(getattr(one, "allow_future", False) for one in (*around, *interventions)):
+        raise InputError(
+            f"max_new_tokens={new}: with allow_future the rows of the prompt would see tokens that "
+            "did not exist when they ran. Capture the whole texts instead."
+        )
+
+
 def _check_new(model: Model, max_new_tokens: object) -> None:
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise InputError(f"max_new_tokens={max_new_tokens!r}. It must be an int of at least 0.")
@@ -193,7 +213,7 @@ def _selected(
     keys: Selector,
 ) -> Iterator[tuple[int, ...]]:
     """The rows and the columns that are stored of a sequence."""
-    said = partial(model.text.decode, prompt)
+    said = partial(model.text.said, prompt)
     for name, which in (("queries", queries), ("keys", keys)):
         yield selection.positions(
             which, len(segments), segments, name=name, problem=problem.id, tokens=said

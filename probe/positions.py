@@ -24,7 +24,7 @@ Naming = Callable[[str], Sequence[Sequence[int]]]
 class Reader(Protocol):
     """Who knows what token ids say, and which segment each is in: `probe.text.Text`."""
 
-    def decode(self, token_ids: Sequence[int], special: bool = True) -> list[str]: ...
+    def said(self, token_ids: Sequence[int], special: bool = True) -> Sequence[tuple[str, int]]: ...
 
     def segments(self, token_ids: Sequence[int]) -> tuple[str, ...]: ...
 
@@ -39,6 +39,7 @@ class Positions:
         prompt: (batch or 1) int64, tokens in the prompt: what "last:6" and negative numbers count
             from, also while more tokens are generated.
         named: Finds the tokens that are named by a text or a segment, where that is known.
+        copies: Sequences that run for each input, one after the other: beams.
 
     Example:
         >>> row = torch.arange(3)[None]
@@ -50,6 +51,7 @@ class Positions:
     key: Tensor
     prompt: Tensor
     named: Naming | None = None
+    copies: int = 1
 
     def rows(self, selector: Selector) -> Tensor:
         """Which rows a selection names: bool (batch or 1, query). See `chosen`."""
@@ -190,7 +192,8 @@ class Ruler:
         self._new = tokens.shape[1]
         new = tokens if tokens.ndim == 2 else None  # and not embeddings
         if goes_on and new is not None and self._tokens is not None:
-            new = torch.cat([self._tokens, new], 1)
+            # A cache may have been cut back, as where a draft was not taken.
+            new = torch.cat([self._tokens[:, :past], new], 1)
         self._tokens = None if past and not goes_on else new
         if not goes_on:
             self._lengths = real.sum(1)
@@ -221,7 +224,8 @@ class Ruler:
         key = position[:, max(0, total - n_keys) :]
         key = nn.functional.pad(key, (0, n_keys - key.shape[1]), value=-1)
         prompt = self._prompts().to(device)
-        place = Positions(position[:, total - n_queries :], key, prompt, self._naming())
+        copies = 1 if self.prompt is None else max(1, len(position) // len(self.prompt))
+        place = Positions(position[:, total - n_queries :], key, prompt, self._naming(), copies)
         self._placed[n_queries, n_keys, device] = place  # the layers of a forward share it
         return place
 
@@ -258,8 +262,13 @@ def _named(
     found = []
     for ids, at, n in zip(tokens, position.expand(len(tokens), -1), prompts, strict=True):
         own = ids[(at >= 0).to(ids.device)].tolist()
+        if len(own) < n and not selector.startswith("segment:"):
+            raise InputError(
+                f"{selector!r} is sought in prompts that are read in pieces, of which only the "
+                "first are known yet. Use positions, or read prompts whole."
+            )
         segments = (*text.segments(own[:n]), *["generated"] * (len(own) - n))
-        found.append(named(selector, segments, partial(text.decode, own[:n])))
+        found.append(named(selector, segments, partial(text.said, own[:n])))
     return found
 
 

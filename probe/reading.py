@@ -14,7 +14,7 @@ from probe.envoys import AttentionEnvoy
 from probe.errors import InputError
 from probe.filling import fill
 from probe.indexing import take
-from probe.interventions import Intervention
+from probe.interventions import Intervention, of_items
 from probe.loss import logits_of, next_token_nll
 from probe.matrices import Readable
 from probe.model import Model
@@ -42,9 +42,10 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
         RuntimeError: What was generated for several problems depends on their padding.
     """
     items = [todo.items[i] for i in batch]
+    ones = [of_items(one, batch, len(todo.items)) for one in todo.interventions]
     prompts = torch.tensor([item.length for item in items])
     if todo.max_new_tokens:
-        new = generated(model, items, todo.interventions, todo.max_new_tokens)
+        new = generated(model, items, ones, todo.max_new_tokens)
         items = [continued(model, todo, *pair) for pair in zip(items, new, strict=True)]
     lengths = torch.tensor([item.length for item in items])
     groups = list(_alike(items))
@@ -65,7 +66,7 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
             for (which, alike), arrays in zip(groups, out, strict=True):
                 arrays["z"][:, place] = take(take(z[which], alike[0].queries, 1), heads, 2)
 
-    with model.tap.watch.on(*todo.interventions, prompt=prompts, length=lengths):
+    with model.tap.watch.on(*ones, prompt=prompts, length=lengths):
         layers = tuple(sorted(todo.layers))
         output = run(model.tap, visit, inputs(model, items), layers=layers, proof=proof)
     logits = logits_of(output)
@@ -95,8 +96,14 @@ def generated(
         most: Tokens at most; a token that ends the text is the last.
     """
     safe = _ignores_padding(model)
-    groups = [list(g) for _, g in groupby(items, key=lambda item: safe or item.length)]
-    return [new for group in groups for new in _together(model, group, interventions, most)]
+    numbered = list(enumerate(items))
+    groups = [list(g) for _, g in groupby(numbered, key=lambda pair: safe or pair[1].length)]
+    out: list[list[int]] = []
+    for group in groups:
+        places, some = zip(*group, strict=True)
+        ones = [of_items(one, places, len(items)) for one in interventions]
+        out += _together(model, some, ones, most)
+    return out
 
 
 def _together(

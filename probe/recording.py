@@ -78,7 +78,7 @@ def record(
         if text is None:
             return (), None
         ids = inputs["input_ids"][item, list(columns)].tolist()
-        return text.segments(ids), partial(text.decode, ids)
+        return text.segments(ids), partial(text.said, ids)
 
     def visit(layer: int, envoy: AttentionEnvoy) -> None:
         sites = by_layer[layer]

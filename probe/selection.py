@@ -11,8 +11,8 @@ from probe.errors import InputError
 
 Selector = int | slice | Sequence[int] | str | None
 
-# What gives the texts of some tokens: see `named`.
-Texts = Callable[..., Sequence[str]]
+# What gives the texts of some tokens, and how many tokens say each together: see `named`.
+Texts = Callable[..., Sequence[tuple[str, int]]]
 
 _ENDS = re.compile(r"(first|last):([0-9]+)")
 _NAMED = ("segment:", "text:", "regex:")
@@ -134,8 +134,9 @@ def named(
             "regex:[0-9]+": tokens of which a regular expression matches any part, in all their
             texts joined, those of special tokens left out.
         segments: Segment of each token.
-        tokens: `tokens(special=...)` gives the text of each token, "" for special tokens if
-            `special` is False; called only when texts are asked for.
+        tokens: `tokens(special=...)` gives texts in order, each with the number of tokens that say
+            it (several where a character is spread over them), "" for special tokens if `special`
+            is False; called only when texts are asked for.
         name: "queries" or "keys", for messages.
 
     Returns:
@@ -145,7 +146,7 @@ def named(
         InputError: The regular expression is none, or the tokens have no texts.
 
     Example:
-        >>> said = lambda special: ["<bos>", "do", " no", "t", " stop", " not"]
+        >>> said = lambda special: [(t, 1) for t in ("<s>", "do", " no", "t", " stop", " not")]
         >>> named("text: not", (), said), named("regex:n.t", (), said)
         ((2, 3, 5), (2, 3, 5))
     """
@@ -153,24 +154,26 @@ def named(
     if kind == "segment":
         return tuple(n for n, segment in enumerate(segments) if segment == wanted)
     expression = _expression(selector, name)
-    texts = tokens(special=expression is None)
-    if not any(texts):
+    units = tokens(special=expression is None)
+    if not any(text for text, _ in units) and not any(text for text, _ in tokens(special=True)):
         raise InputError(
             f"{name}={selector!r} names tokens by their text, which is not known here: the model "
             "was loaded without a tokenizer. Use positions, or load it with tokenizer=."
         )
-    ends, whole = list(accumulate(map(len, texts))), "".join(texts)
+    whole = "".join(text for text, _ in units)
+    ends = list(accumulate(len(text) for text, _ in units))
     starts = [0, *ends[:-1]]
     if expression is None:
         lasts = {at + len(wanted) for at in starts if whole.startswith(wanted, at)}
         spans = [(end - len(wanted), end) for end in lasts.intersection(ends)]
     else:
         spans = [match.span() for match in expression.finditer(whole)]
-    return tuple(
-        n
-        for n, (start, end) in enumerate(zip(starts, ends, strict=True))
-        if any(max(a, start) < min(b, end) for a, b in spans)
-    )
+    found, first = list[int](), 0
+    for start, end, (_, count) in zip(starts, ends, units, strict=True):
+        if any(max(a, start) < min(b, end) for a, b in spans):
+            found += range(first, first + count)
+        first += count
+    return tuple(found)
 
 
 def require(selector: Selector, name: str) -> None:
@@ -273,7 +276,7 @@ def _absolute(item: object, size: int, name: str, noun: str) -> int:
     return index % size
 
 
-def _no_texts(special: bool) -> Sequence[str]:
+def _no_texts(special: bool) -> Sequence[tuple[str, int]]:
     return ()
 
 

@@ -291,6 +291,10 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
             for name in names
             for line in _differences(old.get(name, ...), new.get(name, ...), dot + name)
         ]
+    lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    if lists and any(isinstance(value, dict) for value in old):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for n, two in pairs for line in _differences(*two, f"{prefix}[{n}]")]
     if old is not ... and new is not ... and _canonical(old) == _canonical(new):
         return []
     return [f"{prefix or 'config'} {_brief(old)}, now {_brief(new)}"]

@@ -12,6 +12,9 @@ from torch import Tensor
 from probe.errors import InputError, first_line
 from probe.intake import Intake
 
+_BROKEN = "\ufffd"  # stands for bytes that are no character
+_LONGEST = 12  # tokens that may share characters
+
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
 
 
@@ -43,18 +46,41 @@ class Text:
                 f"{first_line(error)}. Change the text, or give token ids."
             ) from error
 
-    def decode(self, token_ids: Sequence[int], special: bool = True) -> list[str]:
-        """Each token as text, the space before a word included; "" without a tokenizer.
+    def decode(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as text, the space before a word included; "" without a tokenizer."""
+        if self.tokenizer is None:
+            return [""] * len(token_ids)
+        self._said |= {i: self._decode_one(i) for i in set(token_ids) - self._said.keys()}
+        return [self._said[i] for i in token_ids]
+
+    def said(self, token_ids: Sequence[int], special: bool = True) -> list[tuple[str, int]]:
+        """What tokens say, in order, each text with the number of tokens that say it together.
+
+        Several do where a character is spread over them, of which none can be read alone.
 
         Args:
             token_ids: The tokens.
             special: Whether special tokens have a text too, as "<s>"; else theirs is "".
         """
-        if self.tokenizer is None:
-            return [""] * len(token_ids)
-        self._said |= {i: self._decode_one(i) for i in set(token_ids) - self._said.keys()}
-        silent = () if special else set(getattr(self.tokenizer, "all_special_ids", ()))
-        return ["" if i in silent else self._said[i] for i in token_ids]
+        each, silent = self.decode(token_ids), set()
+        if not special:
+            silent = set(getattr(self.tokenizer, "all_special_ids", ()))
+        out, at = list[tuple[str, int]](), 0
+        while at < len(each):
+            text, count = "" if token_ids[at] in silent else each[at], 1
+            if _BROKEN in text:
+                text, count = self._together(token_ids[at : at + _LONGEST]) or (text, 1)
+            out.append((text, count))
+            at += count
+        return out
+
+    def _together(self, token_ids: Sequence[int]) -> tuple[str, int] | None:
+        """The first few of these tokens that say something whole."""
+        for count in range(2, len(token_ids) + 1):
+            text = str(self.tokenizer.decode(list(token_ids[:count])))
+            if _BROKEN not in text:
+                return text, count
+        return None
 
     def _decode_one(self, token: int) -> str:
         # Alone, a token may lose its leading space; after itself it keeps it.

@@ -1,6 +1,7 @@
 """Which heads and which tokens an intervention names, in one attention call."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -20,10 +21,12 @@ Keys = Selector | PerItem
 
 
 def plain(value: Any) -> Any:
-    """What a tensor or an array holds, as lists; an iterator as a list; anything else as it is."""
+    """What tensors and arrays hold, as numbers and lists; iterators as lists; the rest as it is."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    single = value is None or isinstance(value, str | slice | list | tuple | int | float | range)
+    if isinstance(value, list | tuple):
+        return type(value)(plain(part) for part in value)
+    single = value is None or isinstance(value, str | slice | int | float)
     return value if single or not hasattr(value, "__iter__") else list(value)
 
 
@@ -35,6 +38,47 @@ def are_pairs(heads: object) -> TypeGuard[Pairs]:
 def are_per_item(keys: object) -> TypeGuard[PerItem]:
     """Whether keys are given for each batch item on its own."""
     return isinstance(keys, list | tuple) and any(isinstance(k, list | tuple) for k in keys)
+
+
+def require_keys(keys: Any, name: str = "keys") -> None:
+    """Refuse what names no tokens, before a model has run.
+
+    Raises:
+        InputError: It is no selection, or lists and numbers are mixed.
+    """
+    if keys == []:
+        return
+    if not are_per_item(keys):
+        selection.require(keys, name)
+        return
+    for own in keys:
+        if not isinstance(own, list | tuple):
+            raise InputError(
+                f"{name}={keys!r:.60} mix numbers and lists. Give a list for each input."
+            )
+        for key in own:
+            if key is not None and type(key) is not int:
+                raise InputError(f"{name} hold {key!r:.60}. Give ints, or None for nothing.")
+
+
+def items_of(one: Any, items: Sequence[int], n: int) -> Any:
+    """An intervention with the keys, and factors, of some of n problems: see `probe.of_items`.
+
+    Raises:
+        InputError: Its keys are given for another number.
+    """
+    keys, factor = one.keys, getattr(one, "factor", None)
+    if not are_per_item(keys) or len(keys) == 1:
+        return one
+    if len(keys) != n:
+        raise InputError(
+            f"keys are given for {len(keys)} items, and there are {n} problems. Give one list for "
+            "each problem, or one for all."
+        )
+    changes: dict[str, Any] = {"keys": [keys[i] for i in items]}
+    if are_per_item(factor):
+        changes["factor"] = [factor[i] for i in items]
+    return replace(one, **changes)
 
 
 def require_heads(layers: Selector, heads: Heads) -> None:
@@ -96,16 +140,16 @@ def factors(at: Positions, keys: PerItem, each: Sequence[Sequence[float]]) -> Te
         InputError: The batch has another size, or a position is not in its prompt.
     """
     batch = max(len(at.key), len(at.prompt))
-    if len(keys) not in (1, batch):
+    if len(keys) not in (1, batch // at.copies):
         raise InputError(
-            f"keys are given for {len(keys)} inputs, and this batch has {batch}. Give one list "
-            "for each input, or one list for all."
+            f"keys are given for {len(keys)} inputs, and this batch has {batch // at.copies}. Give "
+            "one list for each input, or one list for all."
         )
     widest = max(1, *map(len, keys))
     where = torch.full((batch, widest), -2)  # no column is at -2
     factor = torch.ones(batch, widest, dtype=torch.float64)
     for item, prompt in enumerate(at.prompt.expand(batch).tolist()):
-        own = item if len(keys) > 1 else 0
+        own = item // at.copies if len(keys) > 1 else 0
         named = {n: _absolute(k, prompt) for n, k in enumerate(keys[own]) if k is not None}
         _require_once(list(named.values()), keys[own])
         for n, key in named.items():

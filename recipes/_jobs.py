@@ -65,6 +65,11 @@ def planned(
         raise InputError(f"there is no option {min(unknown)!r}. Choose from {known}.")
     if where is not None or "on_error" in options:
         require("" if where is None else where, options.get("on_error", "record"))
+    if not model.tap.causal:
+        raise InputError(
+            f"the rows of {model.name} see the tokens behind them, so what it says of a next token "
+            "is no prediction. Experiments need a causal model."
+        )
     source = opened(problems)
     limits: dict[str, Any] = {n: options.get(n) for n in ("batch_size", "max_length")}
     # Of one layer: those of others may have other heads, and nothing of a plan but its problems

@@ -1,18 +1,23 @@
 """Which heads and which tokens of each problem an intervention names, known before a model runs."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from probe import selection
 from probe.errors import InputError
+from probe.interventions import of_items
 from probe.model import Model
 from probe.plans import Item
 from recipes._choosing import Pairs, are_pairs, are_per_item
 
 
-def require_places(model: Model, items: Sequence[Item], *interventions: Any) -> None:
+def require_places(
+    model: Model, items: Sequence[Item], *interventions: Any
+) -> npt.NDArray[np.float32]:
     """Refuse layers, heads and tokens that do not exist, before any problem has run.
 
     Args:
@@ -21,39 +26,29 @@ def require_places(model: Model, items: Sequence[Item], *interventions: Any) -> 
         interventions: Checked where they have `layers` and `heads`, or `keys`, as those of the
             recipes do.
 
+    Returns:
+        (problem) how many tokens are named, NaN where the interventions name none by themselves.
+
     Raises:
         InputError: A layer, a head or a position does not exist, no problem has a token that is
-            named, or keys are given for another number of problems.
+            named, or something is given for another number of problems.
     """
+    counts = np.full(len(items), np.nan, "float32")
     for one in interventions:
+        of_items(one, range(len(items)), len(items))
         if not hasattr(one, "moves"):
             continue
         heads_of(one, model)
         keys = getattr(one, "keys", None)
         if keys is None:
             continue
-        if are_per_item(keys) and len(keys) not in (1, len(items)):
-            raise InputError(
-                f"keys are given for {len(keys)} items, and there are {len(items)} problems. Give "
-                "one list for each problem, or one for all."
-            )
         found = [named_keys(keys, model, item, n) for n, item in enumerate(items)]
         if keys != [] and not are_per_item(keys) and not any(found):
             raise InputError(
                 f"keys={keys!r:.80} select nothing: no problem has such a token (spaces count)."
             )
-
-
-def of_batch(one: Any, batch: Sequence[int]) -> Any:
-    """An intervention with the keys of the problems of a batch, where each has its own."""
-    keys = getattr(one, "keys", None)
-    if keys is None or not are_per_item(keys) or len(keys) == 1:
-        return one
-    changes: dict[str, Any] = {"keys": [keys[i] for i in batch]}
-    factor = getattr(one, "factor", None)
-    if are_per_item(factor):
-        changes["factor"] = [factor[i] for i in batch]
-    return replace(one, **changes)
+        counts = np.nan_to_num(counts) + np.array([len(own) for own in found], "float32")
+    return counts
 
 
 def heads_of(one: Any, model: Model) -> list[tuple[int, int]]:
@@ -84,20 +79,24 @@ def absolute(heads: Pairs, model: Model) -> list[tuple[int, int]]:
 
 
 def named_keys(keys: Any, model: Model, item: Item, n: int) -> list[int]:
-    """The token positions that keys name in a problem, the n-th of its batch."""
+    """The token positions that keys name in a problem, the n-th of its batch.
+
+    Raises:
+        InputError: It has no such position.
+    """
     if are_per_item(keys):
-        own = [k for k in keys[n if len(keys) > 1 else 0] if k is not None]
-        return list(_positions(own, item)) if own else []
-    several = isinstance(keys, list | tuple) and any(isinstance(k, slice | str) for k in keys)
+        keys = [k for k in keys[n if len(keys) > 1 else 0] if k is not None]
+    several = isinstance(keys, list | tuple)
     found: set[int] = set()
     for part in keys if several else [keys]:
-        if isinstance(part, str) and selection.is_name(part):
-            said = partial(model.text.decode, item.token_ids)
-            found |= set(selection.named(part, item.segments, said))
-        elif part != []:
-            found |= set(_positions(part, item))
+        found |= set(_positions(part, model, item))
     return sorted(found)
 
 
-def _positions(keys: Any, item: Item) -> tuple[int, ...]:
-    return selection.positions(keys, item.length, name="keys", problem=item.problem.id)
+def _positions(part: Any, model: Model, item: Item) -> Sequence[int]:
+    """Of a slice or a name perhaps none."""
+    if isinstance(part, slice) or part is None:
+        return range(item.length)[part or slice(None)]
+    if isinstance(part, str) and selection.is_name(part):
+        return selection.named(part, item.segments, partial(model.text.said, item.token_ids))
+    return selection.positions(part, item.length, name="keys", problem=item.problem.id)

@@ -1,6 +1,6 @@
 """How scores and patterns are scaled on chosen edges."""
 
-import math
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,17 +13,24 @@ from probe.errors import InputError
 from probe.interventions import where
 from recipes._choosing import are_per_item, columns, factors
 
+_MOST = sys.float_info.max
+
 
 def require_factors(factor: Any, keys: Any) -> None:
     """Refuse factors that are no numbers, or not one for each key."""
     for value in _flat(factor):
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not 0 <= value < math.inf:
+        if not good or not 0 <= value <= _MOST:
             raise InputError(
                 f"factor holds {value!r}. Give numbers of at least 0: 0 hides, 1 does nothing."
             )
     if not isinstance(factor, Sequence):
         return
+    if are_per_item(factor) != are_per_item(keys) or any(_mixed(x) for x in (factor, keys)):
+        raise InputError(
+            f"factor={factor!r:.60} is not nested as keys={keys!r:.60} are. Give one number, or "
+            "one for each key in the same lists."
+        )
     mine, its = ([list(own) for own in x] if are_per_item(x) else [x] for x in (factor, keys))
     fits = isinstance(keys, Sequence) and not isinstance(keys, str) and len(mine) == len(its)
     if not fits or any(len(a) != len(b) for a, b in zip(mine, its, strict=True)):
@@ -31,6 +38,10 @@ def require_factors(factor: Any, keys: Any) -> None:
             f"factor={factor!r:.60} does not fit keys={keys!r:.60}. Give one number, or one for "
             "each key in the same lists."
         )
+
+
+def _mixed(values: Any) -> bool:
+    return are_per_item(values) and not all(isinstance(own, list | tuple) for own in values)
 
 
 def _flat(factor: Any) -> Iterable[Any]:

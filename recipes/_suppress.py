@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
+from torch import nn
 
 from probe import selection
 from probe.attention import AttentionCall
@@ -18,8 +19,10 @@ from recipes._choosing import (
     are_per_item,
     columns,
     heads_in,
+    items_of,
     plain,
     require_heads,
+    require_keys,
 )
 from recipes._scaling import (
     bias_of,
@@ -67,7 +70,8 @@ class Suppress:
         after_scaling: Accepted as in document 004, and without effect: multiplying before or
             after the scores are scaled is the same, and ln a is always added after.
 
-    A row of which nothing would be left keeps its own token.
+    A row of which nothing would be left keeps its own token; if several interventions together
+    leave it nothing, that is an error when it runs.
 
     Raises:
         InputError: An unknown mode, a factor that is negative or no number, as many factors as
@@ -97,11 +101,14 @@ class Suppress:
         if self.factor is None:
             default = 0.0 if self.mode == "prob_zero_no_renorm" else 0.1
             object.__setattr__(self, "factor", default)
+        require_keys(self.keys)
         require_factors(self.factor, self.keys)
-        if not are_per_item(self.keys) and self.keys != []:
-            selection.require(self.keys, "keys")  # type: ignore[arg-type]
         selection.require(self.queries, "queries")
         require_heads(self.layers, self.heads)
+
+    def of_items(self, items: Sequence[int], n: int) -> Self:
+        """The same for some of n problems: see `probe.interventions.of_items`."""
+        return cast("Self", items_of(self, items, n))
 
     def edits(self, call: AttentionCall) -> Iterable[Add | Change]:
         """A bias, or a function of scores or pattern, in the layers that are named."""
@@ -162,6 +169,10 @@ class Knockout:
             object.__setattr__(self, name, plain(getattr(self, name)))
         self._suppress()
 
+    def of_items(self, items: Sequence[int], n: int) -> Self:
+        """The same for some of n problems: see `probe.interventions.of_items`."""
+        return cast("Self", items_of(self, items, n))
+
     def _suppress(self) -> Suppress:
         chosen = {"layers": self.layers, "heads": self.heads, "queries": self.queries}
         return Suppress(keys=self.keys, factor=0.0, **chosen)  # type: ignore[arg-type]
@@ -203,13 +214,16 @@ class Steer:
     def __post_init__(self) -> None:
         if self.mode not in ("exclude", "include"):
             raise InputError(f"mode={self.mode!r}. Choose exclude or include.")
-        for name in ("keys", "layers", "heads"):
+        for name in ("keys", "factor", "layers", "heads"):
             object.__setattr__(self, name, plain(getattr(self, name)))
         require_factors(self.factor, None)
         for part in self._parts():
-            if not are_per_item(part):
-                selection.require(part, "keys")  # type: ignore[arg-type]
+            require_keys(part)
         require_heads(self.layers, self.heads)
+
+    def of_items(self, items: Sequence[int], n: int) -> Self:
+        """The same for some of n problems: see `probe.interventions.of_items`."""
+        return cast("Self", items_of(self, items, n))
 
     def _parts(self) -> Sequence[Keys]:
         several = isinstance(self.keys, list | tuple) and any(
@@ -226,8 +240,8 @@ class Steer:
         scaled = torch.zeros_like(at.key, dtype=torch.bool)
         for part in self._parts():
             scaled = scaled | columns(at, part)
-        if self.mode == "exclude":
-            scaled = ~scaled & (at.key >= 0) & (at.key < at.prompt[:, None])
+        scaled = ~scaled if self.mode == "exclude" else scaled
+        scaled = scaled & (at.key >= 0) & (at.key < at.prompt[:, None])
         edges = spread(scaled, self.factor)[:, None, :].expand(-1, call.n_queries, -1)
         yield Add(bias_of(call, edges.log(), heads))
 
@@ -247,7 +261,7 @@ def window(layer: int, width: int, n_layers: int) -> list[int]:
         >>> window(1, 3, 12), window(11, 5, 12)
         ([0, 1, 2], [9, 10, 11])
     """
-    if width < 1:
+    if type(width) is not int or width < 1:
         raise InputError(f"width={width!r}. A window has at least 1 layer.")
     middle = selection.axis(layer, n_layers, "layers")[0]
     first = middle - width // 2
@@ -284,6 +298,11 @@ def from_attributes(holder: object = None, *, mode: Mode = "logit_mul", **given:
         raise InputError(f"there is no attribute {unknown[0]!r}. Choose from {', '.join(names)}.")
     found: Mapping[str, Any] = {name: getattr(holder, name, None) for name in names} | given
     indices, factor, layers, after = (plain(found[name]) for name in names)
+    if isinstance(found["layers"], nn.Module):  # of a model that has its blocks under this name
+        layers = None
+    indices = [indices] if isinstance(indices, int) else indices
+    if not isinstance(indices, list | tuple | None):
+        raise InputError(f"suppression_token_indices={indices!r:.60}. Give a list of positions.")
     if indices is None or factor is None:
         return Suppress(keys=[], factor=1.0, mode=mode)
     nested: Any = indices if are_per_item(indices) else [indices]

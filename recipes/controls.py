@@ -81,17 +81,27 @@ def elsewhere(one: Any, model: Model, items: Sequence[Item], seed: str) -> Inter
         return cast("Intervention", dataclasses.replace(one, heads=drawn, **more))
     if "keys" not in names:
         return None
-    chosen = [named_keys(one.keys, model, item, n) for n, item in enumerate(items)]
+    each = [_with_factors(one, model, item, n) for n, item in enumerate(items)]
     changes: dict[str, Any] = {
         "keys": [
-            others(range(item.length), own, random.Random(f"{seed} {item.problem.id}"))
-            for item, own in zip(items, chosen, strict=True)
+            others(range(item.length), list(own), random.Random(f"{seed} {item.problem.id}"))
+            for item, own in zip(items, each, strict=True)
         ]
     }
-    factor = getattr(one, "factor", None)
-    if isinstance(factor, Sequence):
-        changes["factor"] = list(factor) if are_per_item(factor) else [factor] * len(items)
+    if isinstance(getattr(one, "factor", None), Sequence):
+        changes["factor"] = [list(own.values()) for own in each]
     return cast("Intervention", dataclasses.replace(one, **changes))
+
+
+def _with_factors(one: Any, model: Model, item: Item, n: int) -> dict[int, float | None]:
+    """The tokens that are named in a problem, each with its factor where each has one."""
+    keys, factor = one.keys, getattr(one, "factor", None)
+    if not isinstance(factor, Sequence):
+        return dict.fromkeys(named_keys(keys, model, item, n))
+    nested = are_per_item(keys)
+    at = n if nested and len(keys) > 1 else 0
+    own, its = (keys[at], factor[at]) if nested else (keys, factor)
+    return {k % item.length: f for k, f in zip(own, its, strict=True) if k is not None}
 
 
 def others(everything: Iterable[Any], named: Sequence[Any], rng: random.Random) -> list[Any]:

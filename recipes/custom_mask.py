@@ -1,15 +1,15 @@
 """A 4-D attention mask of one's own, checked, as an intervention."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from probe.attention import AttentionCall
 from probe.errors import InputError
-from probe.interventions import Add, Change, names, where
+from probe.interventions import Add, names, where
 from probe.selection import Selector
 
 
@@ -27,8 +27,7 @@ class Mask:
         mask: (batch or 1, head or 1, query, key) float, by token position: with padding on the
             left, row 0 is still the first token. Its greatest number is 0; others are added, and
             half the dtype's minimum or less hides. For generation it covers the tokens to come.
-        allow_future: Put it in place of the model's own mask, padding excepted; attention is then
-            computed in float32 in those layers.
+        allow_future: Put it in place of the model's own mask, padding excepted.
         layers: int, negative int, slice or list; default all.
 
     Raises:
@@ -52,6 +51,8 @@ class Mask:
             raise InputError(
                 f"mask has shape {shape}. Give a tensor (batch or 1, head or 1, query, key)."
             )
+        if type(self.allow_future) is not bool:
+            raise InputError(f"allow_future={self.allow_future!r:.60}. Give True or False.")
         if not mask.is_floating_point():
             raise InputError(
                 f"mask is {mask.dtype}. Give floats to add: 0 attends, the dtype's minimum hides."
@@ -63,25 +64,32 @@ class Mask:
                 "inverted form: 0 attends, the dtype's minimum hides."
             )
 
-    def edits(self, call: AttentionCall) -> Iterable[Add | Change]:
-        """A bias; with the future allowed, scores computed anew."""
+    def edits(self, call: AttentionCall) -> Iterable[Add]:
+        """A bias, in place of the model's own mask where the future is allowed."""
         if not names(self.layers, call):
             return
         bias = self._placed(call)
-        if not self.allow_future:
-            if bool((bias != 0).any()):
-                yield Add(bias)
-            return
         own = call.mask
-        if own is not None and own.is_floating_point():
+        if self.allow_future and own is not None and own.is_floating_point():
             seen = own > torch.finfo(own.dtype).min / 2
             if bool((seen & (own != 0)).any()):
                 raise InputError(
                     f"layer {call.layer} adds a position bias with its mask, which allow_future="
                     "True would drop. Leave it out."
                 )
-        bare = replace(call, mask=None, causal=False, window=None)
-        yield Change("scores", lambda scores: bare.scores() + bias, "the Mask")
+        if self.allow_future or bool((bias != 0).any()):
+            yield Add(bias, opens=self.allow_future)
+
+    def of_items(self, items: Sequence[int], n: int) -> Self:
+        """The same for some of n problems: see `probe.interventions.of_items`."""
+        if not isinstance(self.mask, Tensor) or len(self.mask) == 1:
+            return self
+        if len(self.mask) != n:
+            raise InputError(
+                f"mask is for {len(self.mask)} inputs, and there are {n} problems. Give one for "
+                "each problem, or one for all."
+            )
+        return replace(self, mask=self.mask[list(items)])
 
     def _placed(self, call: AttentionCall) -> Tensor:
         """The mask of this call's tokens, (batch or 1, head or 1, query, key)."""
@@ -108,6 +116,4 @@ class Mask:
         index = (item[:, None, None], slice(None), query[:, :, None], key[:, None, :])
         placed = mask[index].movedim(-1, 1)
         padding = (at.query < 0)[:, None, :, None] | (at.key < 0)[:, None, None, :]
-        if not self.allow_future:  # the model's own mask hides it
-            return placed.masked_fill(padding, 0.0)
-        return placed.masked_fill((at.key < 0)[:, None, None, :], -torch.inf)
+        return placed.masked_fill(padding, 0.0)  # it is hidden already

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from probe import selection
 from probe.describing import as_data
 from probe.errors import InputError
-from probe.interventions import lasting
+from probe.interventions import lasting, of_items
 from probe.model import Model
 from probe.reading import logits
 from probe.running import Reading
@@ -21,7 +22,7 @@ from probe.selection import Selector
 from recipes._choosing import are_pairs, plain
 from recipes._jobs import Options, job, planned, readings
 from recipes._measures import accuracy, mean_nll, of_target
-from recipes._placing import of_batch, require_places
+from recipes._placing import require_places
 from recipes._suppress import Knockout, Steer, Suppress, window
 from recipes.effects import Target, scored_tokens, targets, unchanged
 
@@ -49,7 +50,7 @@ def dose_response(
 
     Returns:
         float32: `accuracy` and `delta_loss` (problem, factor), and `base_accuracy`, `base_loss`,
-        `noop` (problem); nats, signed.
+        `noop`, `named` (tokens that the keys name) (problem); nats, signed.
 
     Raises:
         InputError: Something cannot be used; nothing has run.
@@ -66,12 +67,14 @@ def dose_response(
     strongest = replace(one, factor=max(doses, key=lambda dose: abs(dose - 1)))
     tokens = lasting(tokens)
     todo = planned(model, problems, options, where=store)
-    require_places(model, todo.items, one)
+    named = require_places(model, todo.items, one)
     scored = [scored_tokens(model, item, tokens) for item in todo.items]
+
+    own = partial(of_items, n=len(todo.items))
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         items = [todo.items[i] for i in batch]
-        base, idle = unchanged(model, items, of_batch(strongest, batch))
+        base, idle = unchanged(model, items, own(strongest, batch))
         ids, counted = [torch.tensor(i.token_ids) for i in items], [scored[i] for i in batch]
 
         def measured(rows: Tensor) -> list[tuple[float, float]]:
@@ -79,19 +82,20 @@ def dose_response(
             return [(accuracy(*one), mean_nll(*one)) for one in each]
 
         runs = [measured(base), measured(idle)]
-        runs += [measured(logits(model, items, of_batch(dose, batch))) for dose in each]
+        runs += [measured(logits(model, items, own(dose, batch))) for dose in each]
         table = np.array(runs)  # (run, problem, accuracy and loss)
         results = {
             "base_accuracy": table[0, :, 0],
             "base_loss": table[0, :, 1],
             "noop": table[1, :, 1] - table[0, :, 1],
+            "named": named[list(batch)],
             "accuracy": table[2:, :, 0].T,
             "delta_loss": (table[2:, :, 1] - table[0, :, 1]).T,
         }
         return readings(results, base, items)
 
     arrays: dict[str, Sequence[str]] = dict.fromkeys(
-        ("base_accuracy", "base_loss", "noop"), ("problem",)
+        ("base_accuracy", "base_loss", "noop", "named"), ("problem",)
     )
     arrays |= dict.fromkeys(("accuracy", "delta_loss"), ("problem", "factor"))
     recipe = {
@@ -130,8 +134,8 @@ def knockout_by_layer(
     Returns:
         float32 (problem, layer), the layer being the middle of the window: `target_p`, the
         target's probability, and `relative`, 100 (p_blocked - p) / p in percent, as the paper draws
-        it (NaN where p is 0); `delta_logit`; (problem): `target`, `target_base_p` and `noop` (of
-        its logit).
+        it (NaN where p is 0); `delta_logit`; (problem): `target`, `target_base_p`, `named`
+        (tokens that the keys name) and `noop` (of its logit).
 
     Raises:
         InputError: Something cannot be used; nothing has run.
@@ -151,13 +155,15 @@ def knockout_by_layer(
     if type(width) is not int or width < 1:
         raise InputError(f"width={width!r}. It must be an int of at least 1.")
     todo = planned(model, problems, options, where=store)
-    require_places(model, todo.items, replace(one, layers=None))
+    named = require_places(model, todo.items, replace(one, layers=None))
     wanted = targets(model, todo.items, target)
     each = [replace(one, layers=window(la, width, model.n_layers)) for la in model.layers]
 
+    own = partial(of_items, n=len(todo.items))
+
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         items = [todo.items[i] for i in batch]
-        base, idle = unchanged(model, items, of_batch(each[0], batch))
+        base, idle = unchanged(model, items, own(each[0], batch))
         lasts = [item.length - 1 for item in items]
         chosen = [
             int(base[n, last].argmax()) if wanted[i] is None else wanted[i]
@@ -168,7 +174,7 @@ def knockout_by_layer(
             return [of_target(base[n, last], rows[n, last], chosen[n])  # type: ignore[arg-type]
                     for n, last in enumerate(lasts)]  # fmt: skip
 
-        runs = [followed(logits(model, items, of_batch(some, batch))) for some in each]
+        runs = [followed(logits(model, items, own(some, batch))) for some in each]
         p, delta = (
             np.array([[x[name] for x in run] for run in runs]).T for name in ("p", "delta_logit")
         )
@@ -178,6 +184,7 @@ def knockout_by_layer(
             "target": np.array(chosen, float),
             "target_base_p": before,
             "noop": np.array([x["delta_logit"] for x in followed(idle)]),
+            "named": named[list(batch)],
             "target_p": p,
             "relative": 100 * (p - of) / of,
             "delta_logit": delta,
@@ -185,7 +192,7 @@ def knockout_by_layer(
         return readings(results, base, items)
 
     arrays: dict[str, Sequence[str]] = dict.fromkeys(
-        ("target", "target_base_p", "noop"), ("problem",)
+        ("target", "target_base_p", "noop", "named"), ("problem",)
     )
     arrays |= dict.fromkeys(("target_p", "relative", "delta_logit"), ("problem", "layer"))
     recipe = {
@@ -199,7 +206,9 @@ def knockout_by_layer(
 
 def _doses(factors: Any) -> list[float]:
     try:
-        doses = [] if isinstance(factors, str) else [float(factor) for factor in plain(factors)]
+        given = [] if isinstance(factors, str) else plain(factors)
+        doses = [float(factor) for factor in given if not isinstance(factor, str)]
+        doses = doses if len(doses) == len(given) else []
     except (TypeError, ValueError):
         doses = []
     if not doses or len(set(doses)) < len(doses):

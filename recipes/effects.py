@@ -14,7 +14,7 @@ from torch import Tensor
 from probe import selection
 from probe.describing import as_data
 from probe.errors import InputError, WiringError
-from probe.interventions import Intervention, lasting, require
+from probe.interventions import Intervention, lasting, of_items, require
 from probe.model import Model
 from probe.plans import Item
 from probe.reading import generated, logits
@@ -22,7 +22,7 @@ from probe.running import Reading
 from probe.selection import Selector
 from recipes._jobs import Options, job, planned, readings, said
 from recipes._measures import PER_TOKEN, TARGET, accuracy, arrays_of, mean_nll, of_target, per_token
-from recipes._placing import of_batch, require_places
+from recipes._placing import require_places
 from recipes.controls import NoOp, elsewhere
 from recipes.references import stated
 
@@ -70,7 +70,8 @@ def effect(
     Returns:
         float32, NaN where there is nothing to say; (problem): `base_loss` and `delta_loss` (changed
         - base, nats, signed, over the chosen tokens), `base_accuracy`, `accuracy`, `noop` (delta
-        loss of the no-op: 0), `target` (token id), `target_base_p`, `target_p`,
+        loss of the no-op: 0), `named` (how many tokens the keys name; a problem without any is as
+        it was, and dilutes a mean), `target` (token id), `target_base_p`, `target_p`,
         `target_delta_logit`, `target_base_rank`, `target_rank`; texts `base_text` and `text`.
         (problem, draw): `control`, delta loss of the controls. (problem, query), of the prediction
         made at each token: `delta_nll`, `kl` (KL(base || changed), nats), `delta_logit`,
@@ -96,7 +97,7 @@ def effect(
     tokens = lasting(tokens)
     todo = planned(model, problems, options, where=store, max_new_tokens=max_new_tokens)
     items = todo.items
-    require_places(model, items, *interventions)
+    named = require_places(model, items, *interventions)
     interventions = tuple(stated(one, model, todo) for one in interventions)
     scored = [scored_tokens(model, item, tokens) for item in items]
     wanted = targets(model, items, target)
@@ -110,19 +111,20 @@ def effect(
         "seed": seed,
     }
     arrays = arrays_of(
-        ("problem",), ("base_loss", "delta_loss", "base_accuracy", "accuracy", "noop", "target")
+        ("problem",),
+        ("base_loss", "delta_loss", "base_accuracy", "accuracy", "noop", "named", "target"),
     )
     arrays |= arrays_of(("problem",), TARGET, "target_")
     arrays |= arrays_of(("problem", "query"), PER_TOKEN)
     controlled = draws and any(
-        elsewhere(of_batch(one, [0]), model, items[:1], "") for one in interventions
+        elsewhere(of_items(one, [0], len(items)), model, items[:1], "") for one in interventions
     )
     if controlled:
         arrays["control"] = ("problem", "draw")
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         some, counted = [items[i] for i in batch], [scored[i] for i in batch]
-        ones = [of_batch(one, batch) for one in interventions]
+        ones = [of_items(one, batch, len(items)) for one in interventions]
         base, idle = unchanged(model, some, *ones)
         noop = _losses(idle, some, counted)
         del idle
@@ -132,8 +134,9 @@ def effect(
             for n, i in enumerate(batch)
         ]
         del changed
-        for one, loss in zip(found, noop, strict=True):
+        for one, loss, i in zip(found, noop, batch, strict=True):
             one["noop"] = loss - one["base_loss"]
+            one["named"] = named[i]
         if controlled:
             random = [
                 _losses(
@@ -174,7 +177,7 @@ def scored_tokens(model: Model, item: Item, tokens: Selector) -> list[int]:
         item.segments,
         name="tokens",
         problem=item.problem.id,
-        tokens=partial(model.text.decode, item.token_ids),
+        tokens=partial(model.text.said, item.token_ids),
     )
     found = [position for position in chosen if position > 0]
     if not found and tokens is not None:
@@ -199,7 +202,8 @@ def _target(model: Model, item: Item, target: Target) -> int | None:
     if isinstance(target, Mapping):
         found = target.get(item.problem.id)
     elif isinstance(target, str) and target.startswith("field:"):
-        found = item.problem.fields.get(target.removeprefix("field:"))
+        field = item.problem.fields.get(target.removeprefix("field:"))
+        found = field if field is None else str(field)  # a number in a file is a text here
     if found is None and target is None:
         return None
     whose = f"the target of problem {item.problem.id!r}"
@@ -280,8 +284,10 @@ def _losses(rows: Tensor, items: Sequence[Item], scored: Sequence[Sequence[int]]
 def _elsewhere(
     interventions: Sequence[Intervention], model: Model, items: Sequence[Item], seed: str
 ) -> list[Intervention]:
-    """The interventions at random places; those that have none stay as they are."""
-    return [elsewhere(one, model, items, seed) or one for one in interventions]
+    """The interventions at random places, each its own; those that have none stay as they are."""
+    return [
+        elsewhere(one, model, items, f"{seed} {n}") or one for n, one in enumerate(interventions)
+    ]
 
 
 def _add_texts(

@@ -97,7 +97,7 @@ def relevance(
     wanted = [None if target is None else _encoded(model, item, target) for item in todo.items]
     asked = [
         selection.positions(keys, i.length, i.segments, name="keys", problem=i.problem.id,
-                            tokens=partial(model.text.decode, i.token_ids))
+                            tokens=partial(model.text.said, i.token_ids))
         for i in todo.items
     ]  # fmt: skip
     table = None if similarity is None else _embedding(model)

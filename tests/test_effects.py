@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForMaskedLM
 
 import probe
 from probe.errors import InputError, WiringError
@@ -20,6 +20,7 @@ from recipes.ablation import Ablate, Patch
 from recipes.controls import NoOp, elsewhere, others
 from recipes.effects import effect
 from recipes.suppression import Knockout, Mask, Steer, Suppress
+from tests.conftest import tiny_model
 from tests.edited import watched
 from tests.models import Bare
 from tests.models import bare as bare
@@ -216,7 +217,7 @@ def test_the_control_is_the_effect_of_the_same_elsewhere(bare: Bare) -> None:
     ds = run(model, Ablate([(0, 1)]), problems=problems, draws=3, seed=4)
     items = probe.plan(model, problems).items
     for draw in range(3):
-        one: Any = elsewhere(Ablate([(0, 1)]), model, items, f"4 {draw}")
+        one: Any = elsewhere(Ablate([(0, 1)]), model, items, f"4 {draw} 0")
         wanted = run(model, one, problems=problems, draws=0).delta_loss
         np.testing.assert_allclose(ds.control.sel(draw=draw), wanted, atol=2e-6)
     again = run(model, Ablate([(0, 1)]), problems=problems, draws=3, seed=4)
@@ -295,9 +296,18 @@ def test_mistakes_are_refused_before_anything_runs(
 
 
 def test_a_model_without_logits_of_every_token_is_refused() -> None:
+    headless: Any = tiny_model("llama").model
+    refused = pytest.raises(
+        InputError, match="LlamaModel returns no logits of every token, so what"
+    )
+    with probe.load(headless) as model, refused:
+        run(model, Ablate([(0, 0)]), problems=[[3, 4, 5]])
+
+
+def test_a_model_that_sees_what_it_would_predict_is_refused() -> None:
     torch.manual_seed(0)
     size: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    module = BertModel(BertConfig(vocab_size=64, intermediate_size=32, **size)).train(False)
-    refused = pytest.raises(InputError, match="BertModel returns no logits of every token, so what")
+    module = BertForMaskedLM(BertConfig(vocab_size=64, intermediate_size=32, **size)).train(False)
+    refused = pytest.raises(InputError, match="see the tokens behind them, so what it says of a ne")
     with probe.load(module) as model, refused:
         run(model, Ablate([(0, 0)]), problems=[[3, 4, 5]])

@@ -21,8 +21,12 @@ from tests.references import no_grad as no_grad
 TOKENS = ["<bos>", "do", " no", "t", " stop", " not", " nothing", "1", "2 3"]
 
 
-def said(special: bool) -> Sequence[str]:
-    return [*(TOKENS[:1] if special else [""]), *TOKENS[1:]]
+def units(tokens: Sequence[str]) -> list[tuple[str, int]]:
+    return [(token, 1) for token in tokens]
+
+
+def said(special: bool) -> list[tuple[str, int]]:
+    return units([*(TOKENS[:1] if special else [""]), *TOKENS[1:]])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +67,7 @@ def test_a_text_is_every_run_of_whole_tokens_that_says_it(tokens: list[str], tex
         for end in range(start + 1, len(tokens) + 1):
             if "".join(tokens[start:end]) == text:
                 wanted |= set(range(start, end))
-    assert named(f"text:{text}", (), lambda special: tokens) == tuple(sorted(wanted))
+    assert named(f"text:{text}", (), lambda special: units(tokens)) == tuple(sorted(wanted))
 
 
 @given(
@@ -77,7 +81,7 @@ def test_an_expression_names_every_token_that_a_match_touches(
         return
     owner = [n for n, token in enumerate(tokens) for _ in token]
     wanted = {owner[i] for m in re.finditer(expression, "".join(tokens)) for i in range(*m.span())}
-    assert named(f"regex:{expression}", (), lambda special: tokens) == tuple(sorted(wanted))
+    assert named(f"regex:{expression}", (), lambda special: units(tokens)) == tuple(sorted(wanted))
 
 
 def test_names_are_known_to_be_wrong_before_a_model_has_run() -> None:
@@ -93,7 +97,7 @@ def test_where_nobody_knows_what_tokens_say_they_cannot_be_named() -> None:
     with pytest.raises(InputError, match="cannot be chosen here, where what the tokens say is not"):
         chosen("text:a", row, torch.tensor([3]), "keys")
     with pytest.raises(InputError, match="the model was loaded without a tokenizer"):
-        named("text:a", (), lambda special: ["", ""])
+        named("text:a", (), lambda special: units(["", ""]))
 
 
 def hidden(model: Model, batch: Any, selector: Any) -> torch.Tensor:
