@@ -39,7 +39,9 @@ class Text:
                 f"{text[:40]!r}. Give token ids, or load it with tokenizer=."
             )
         try:
-            return [int(i) for i in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
+            # A tokenizer of one's own may know nothing of special tokens.
+            options = {} if special else {"add_special_tokens": False}
+            return [int(i) for i in self.tokenizer(text, **options)["input_ids"]]
         except Exception as error:
             raise InputError(
                 f"the tokenizer of {self.name} cannot encode {text[:40]!r}: "
