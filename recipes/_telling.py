@@ -25,9 +25,10 @@ def effect(ds: xr.Dataset) -> None:
         ("target: probability after", interval(ds.target_p, ".3f")),
         ("target: Δ logit", interval(ds.target_delta_logit, ".3f")),
         ("control: no-op, Δ loss", interval(ds.noop)),
-        ("tokens that the keys name", interval(ds.named, ".1f")),
-        ("problems without any", str(int((ds.named == 0).sum()))),
     ]
+    if bool(ds.named.notnull().any()):
+        rows.append(("tokens that the keys name", interval(ds.named, ".1f")))
+        rows.append(("problems without any", str(int((ds.named == 0).sum()))))
     if "control" in ds:
         rows.append(("control: elsewhere at random, Δ loss", interval(ds.control.mean("draw"))))
     table(("", "mean over problems [95 % interval]"), rows)
