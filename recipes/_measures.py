@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from probe.loss import next_token_nll
+from probe.plans import Item
 
 _ROWS = 256  # of logits that are widened at a time
 
@@ -43,6 +44,19 @@ def accuracy(logits: Tensor, ids: Tensor, scored: Sequence[int]) -> float:
     at = torch.tensor(scored, dtype=torch.long)
     right = logits[at - 1].argmax(-1).cpu() == ids.cpu()[at]
     return float(right.double().mean()) if len(scored) else float("nan")
+
+
+def over_problems(rows: Tensor, items: Sequence[Item], scored: Sequence[Sequence[int]]) -> Numbers:
+    """Mean loss and accuracy of the chosen tokens of each problem of a batch: (2, problem).
+
+    Args:
+        rows: (problem, position, vocabulary) logits.
+        items: The problems.
+        scored: Positions of the chosen tokens of each.
+    """
+    ids = [torch.tensor(item.token_ids) for item in items]
+    each = list(zip(rows, ids, scored, strict=True))
+    return np.array([[mean_nll(*one) for one in each], [accuracy(*one) for one in each]])
 
 
 def per_token(base: Tensor, changed: Tensor, ids: Tensor) -> dict[str, Numbers]:

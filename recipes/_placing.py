@@ -51,6 +51,11 @@ def require_places(
     return counts
 
 
+def every_head(model: Model) -> list[tuple[int, int]]:
+    """All (layer, head) pairs."""
+    return [(la, h) for la in model.layers for h in range(model.tap.shapes[la].heads)]
+
+
 def heads_of(one: Any, model: Model) -> list[tuple[int, int]]:
     """The (layer, head) pairs that an intervention names."""
     if are_pairs(one.heads):

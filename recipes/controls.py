@@ -18,7 +18,7 @@ from probe.interventions import Add, Change, Intervention
 from probe.model import Model
 from probe.plans import Item
 from recipes._choosing import are_per_item
-from recipes._placing import heads_of, named_keys
+from recipes._placing import every_head, heads_of, named_keys
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def elsewhere(one: Any, model: Model, items: Sequence[Item], seed: str) -> Inter
     names = {field.name for field in dataclasses.fields(one)}
     if "heads" in names and one.heads is not None:
         named = heads_of(one, model)
-        everything = [(la, h) for la in model.layers for h in range(model.tap.shapes[la].heads)]
-        drawn = others(everything, named, random.Random(seed))
+        drawn = others(every_head(model), named, random.Random(seed))
         more = {"layers": None} if "layers" in names else {}
         return cast("Intervention", dataclasses.replace(one, heads=drawn, **more))
     if "keys" not in names:

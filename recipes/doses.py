@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-import torch
 import xarray as xr
-from torch import Tensor
 
 from probe import selection
 from probe.describing import as_data
@@ -21,7 +19,7 @@ from probe.running import Reading
 from probe.selection import Selector
 from recipes._choosing import are_pairs, plain
 from recipes._jobs import Options, job, planned, readings
-from recipes._measures import accuracy, mean_nll, of_target
+from recipes._measures import of_target, over_problems
 from recipes._placing import require_places
 from recipes._suppress import Knockout, Steer, Suppress, window
 from recipes.effects import Target, scored_tokens, targets, unchanged
@@ -75,22 +73,19 @@ def dose_response(
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         items = [todo.items[i] for i in batch]
         base, idle = unchanged(model, items, own(strongest, batch))
-        ids, counted = [torch.tensor(i.token_ids) for i in items], [scored[i] for i in batch]
-
-        def measured(rows: Tensor) -> list[tuple[float, float]]:
-            each = list(zip(rows, ids, counted, strict=True))
-            return [(accuracy(*one), mean_nll(*one)) for one in each]
-
-        runs = [measured(base), measured(idle)]
-        runs += [measured(logits(model, items, own(dose, batch))) for dose in each]
-        table = np.array(runs)  # (run, problem, accuracy and loss)
+        counted = [scored[i] for i in batch]
+        before, right = over_problems(base, items, counted)
+        runs = [
+            over_problems(logits(model, items, own(dose, batch)), items, counted) for dose in each
+        ]
+        table = np.array(runs)  # (dose, loss and accuracy, problem)
         results = {
-            "base_accuracy": table[0, :, 0],
-            "base_loss": table[0, :, 1],
-            "noop": table[1, :, 1] - table[0, :, 1],
+            "base_accuracy": right,
+            "base_loss": before,
+            "noop": over_problems(idle, items, counted)[0] - before,
             "named": named[list(batch)],
-            "accuracy": table[2:, :, 0].T,
-            "delta_loss": (table[2:, :, 1] - table[0, :, 1]).T,
+            "accuracy": table[:, 1].T,
+            "delta_loss": (table[:, 0] - before).T,
         }
         return readings(results, base, items)
 

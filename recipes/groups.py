@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
-import torch
 import xarray as xr
 
 from probe import selection
@@ -19,15 +18,14 @@ from probe.errors import InputError
 from probe.hearing import reading
 from probe.interventions import lasting
 from probe.model import Model
-from probe.plans import Item
 from probe.reading import logits
 from probe.running import Reading
 from probe.selection import Selector
 from recipes._ablate import Ablate, Mode
 from recipes._choosing import Pairs
 from recipes._jobs import Options, job, planned, readings
-from recipes._measures import Numbers, accuracy, mean_nll
-from recipes._placing import absolute
+from recipes._measures import arrays_of, over_problems
+from recipes._placing import absolute, every_head
 from recipes.effects import scored_tokens, unchanged
 from recipes.references import Reference, stated
 
@@ -80,20 +78,20 @@ def cumulative(
     todo = planned(model, problems, options, where=store)
     scored = [scored_tokens(model, item, tokens) for item in todo.items]
     whole = stated(Ablate(pairs, mode=mode, reference=reference, seed=seed), model, todo)
-    every = [(la, h) for la in model.layers for h in range(model.tap.shapes[la].heads)]
-    orders = [pairs, *(Random(f"{seed} {n}").sample(every, len(pairs)) for n in range(draws))]
+    everything, n = every_head(model), len(pairs)
+    orders = [pairs, *(Random(f"{seed} {draw}").sample(everything, n) for draw in range(draws))]
 
     def compute(batch: Sequence[int], *, proof: bool) -> list[Reading]:
         items, counted = [todo.items[i] for i in batch], [scored[i] for i in batch]
         base, idle = unchanged(model, items, whole)
-        before, right = _measured(base, items, counted)
-        noop = _measured(idle, items, counted)[0] - before
+        before, right = over_problems(base, items, counted)
+        noop = over_problems(idle, items, counted)[0] - before
         del idle
         runs = np.empty((len(orders), len(pairs), 2, len(items)))
         for n, some in enumerate(orders):
             for size in range(len(pairs)):
                 one = replace(whole, heads=some[: size + 1])
-                runs[n, size] = _measured(logits(model, items, one), items, counted)
+                runs[n, size] = over_problems(logits(model, items, one), items, counted)
         results = {
             "base_loss": before,
             "base_accuracy": right,
@@ -105,10 +103,10 @@ def cumulative(
             results["control"] = runs[1:, :, 0].transpose(2, 0, 1) - before[:, None, None]
         return readings(results, base, items)
 
-    arrays = dict.fromkeys(("base_loss", "base_accuracy", "noop"), ("problem",))
-    arrays |= dict.fromkeys(("delta_loss", "accuracy"), ("problem", "size"))  # type: ignore[arg-type]
+    arrays = arrays_of(("problem",), ("base_loss", "base_accuracy", "noop"))
+    arrays |= arrays_of(("problem", "size"), ("delta_loss", "accuracy"))
     if draws:
-        arrays["control"] = ("problem", "draw", "size")  # type: ignore[assignment]
+        arrays["control"] = ("problem", "draw", "size")
     recipe = {
         "name": "cumulative",
         "order": [list(pair) for pair in pairs],
@@ -159,21 +157,20 @@ def greedy(
         >>> [pair for pair, _ in greedy(model, probe.demos.repeated(count=4), 1)]
         [(0, 3)]
     """
-    every = [(la, h) for la in model.layers for h in range(model.tap.shapes[la].heads)]
-    free = every if candidates is None else list(dict.fromkeys(absolute(candidates, model)))
+    free = list(dict.fromkeys(absolute(candidates or [], model)))
+    free = every_head(model) if candidates is None else free
     if type(n) is not int or not 1 <= n <= len(free):
         raise InputError(f"n={n!r} heads cannot be taken: there are {len(free)} candidates.")
     todo, tokens = planned(model, problems, options), lasting(tokens)
-    every_head = stated(Ablate(free, mode=mode, reference=reference), model, todo)
+    whole = stated(Ablate(free, mode=mode, reference=reference), model, todo)
     scored = [scored_tokens(model, item, tokens) for item in todo.items]
 
     def loss(pairs: Pairs) -> float:
-        ones = [replace(every_head, heads=pairs)] if pairs else []
-        each = [
-            _measured(logits(model, [todo.items[i] for i in b], *ones),
-                      [todo.items[i] for i in b], [scored[i] for i in b])[0]
-            for b in todo.batches
-        ]  # fmt: skip
+        ones = [replace(whole, heads=pairs)] if pairs else []
+        each = []
+        for batch in todo.batches:
+            items, counted = [todo.items[i] for i in batch], [scored[i] for i in batch]
+            each.append(over_problems(logits(model, items, *ones), items, counted)[0])
         return float(np.nanmean(np.concatenate(each)))
 
     taken: list[tuple[int, int]] = []
@@ -186,13 +183,6 @@ def greedy(
             taken.append(worst)
             out.append((worst, costs[worst] - base))
     return out
-
-
-def _measured(rows: Any, items: Sequence[Item], scored: Sequence[Sequence[int]]) -> Numbers:
-    """Mean loss and accuracy of the chosen tokens of each problem: (2, problem) float64."""
-    ids = [torch.tensor(item.token_ids) for item in items]
-    each = list(zip(rows, ids, scored, strict=True))
-    return np.array([[mean_nll(*one) for one in each], [accuracy(*one) for one in each]])
 
 
 __all__ = ["cumulative", "greedy"]

@@ -92,7 +92,7 @@ def relevance(
     one = Suppress(keys=0, factor=factor, mode=mode, layers=layers, heads=heads)
     keys = lasting(keys)
     new = max_new_tokens if target is None else 0
-    todo = planned(model, problems, options, max_new_tokens=new)
+    todo = planned(model, problems, options, where=store, max_new_tokens=new)
     heads_of(one, model)  # those that do not exist show before anything runs
     wanted = [None if target is None else _encoded(model, item, target) for item in todo.items]
     asked = [

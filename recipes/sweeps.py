@@ -26,7 +26,7 @@ from probe.selection import Selector
 from recipes._ablate import Ablate
 from recipes._choosing import Pairs, chunks
 from recipes._jobs import Options, job, planned
-from recipes._measures import Numbers, mean_nll, mean_of, nll_of
+from recipes._measures import Numbers, mean_of, nll_of
 from recipes.effects import require_same, scored_tokens
 from recipes.references import Reference, stated
 
@@ -203,7 +203,7 @@ class _Sweep:
         results: dict[str, Any] = {
             "delta_loss": loss,
             "base_loss": mean_of(base, scored),
-            "noop": self._noop(trunk, anatomy, layers[turn % len(layers)], ids, scored),
+            "noop": mean_of(self._idle(trunk, anatomy, layers[turn % len(layers)]) - base, scored),
             "random_head": np.nanmean(loss) if scored else np.nan,
         }
         if self.per_token:
@@ -245,14 +245,8 @@ class _Sweep:
             out += [after - before for after in each]
         return np.stack(out)
 
-    def _noop(
-        self,
-        trunk: Trunk,
-        anatomy: Anatomy | None,
-        layer: int,
-        ids: Tensor,
-        scored: Sequence[int],
-    ) -> float:
+    def _idle(self, trunk: Trunk, anatomy: Anatomy | None, layer: int) -> Numbers:
+        """(position - 1): nll with the z of a layer replaced by itself."""
         idle = branch(self.model, trunk, anatomy, layer, trunk.z[layer].clone())
         require_same(trunk.logits, idle, [trunk.item])
-        return mean_nll(idle[0], ids, scored) - mean_nll(trunk.logits[0], ids, scored)
+        return nll_of(idle[0], torch.tensor(trunk.item.token_ids))
