@@ -109,6 +109,16 @@ def write_labels(
             named(group, name)[start : start + len(some)] = values
 
 
+def add_coordinate(group: zarr.Group, dim: str, values: Sequence[float] | Sequence[str]) -> None:
+    """Label a dim with numbers or texts."""
+    texts = isinstance(values[0], str)
+    size = (len(values),)
+    group.create_array(
+        dim, shape=size, chunks=size, dtype=str if texts else "float64", dimension_names=[dim]
+    )
+    named(group, dim)[:] = np.array(values, object if texts else "float64")
+
+
 def label_columns(labels: Sequence[Labels], rows: int, keys: int) -> dict[str, npt.NDArray[Any]]:
     """The label arrays of some problems, padded with each array's fill value."""
     sizes = {"problem": len(labels), "query": rows, "key": keys}

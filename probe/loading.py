@@ -66,7 +66,7 @@ def load(
     known = dtype == "auto" or isinstance(getattr(torch, str(dtype), None), torch.dtype)
     if isinstance(dtype, str) and not known:
         raise InputError(f"dtype={dtype!r}. Give one of torch, as 'bfloat16' or torch.float32.")
-    target = _device(device)
+    target = device_of(device)
     name = str(source)
     shipped = name.startswith("demo-") and not Path(name).exists()
     place = demos.path(name) if shipped else source
@@ -88,7 +88,7 @@ def load(
     return Model(nn.Module.to(module, target), tokenizer, name=name, layout=layout)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def device_of(device: str | torch.device | None) -> torch.device:
     """Where a loaded model goes; whether that is here shows before weights are read."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

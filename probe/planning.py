@@ -3,14 +3,15 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from probe import selection
+from probe.batching import batches, length_matters
 from probe.describing import as_data
 from probe.errors import InputError
 from probe.interventions import Intervention, lasting, of_items, require
@@ -22,11 +23,6 @@ from probe.schema import Site
 from probe.selection import Selector
 
 SITES: tuple[Site, ...] = ("pattern", "scores", "z")
-
-# Batches are made inside windows of so many problems, so that shards fill one after the other.
-_WINDOW = 512
-_BATCH_TOKENS = 4096
-_BATCH_BYTES = 1 << 29
 
 _One = TypeVar("_One")
 
@@ -75,6 +71,73 @@ def plan(
     """
     if not isinstance(model, Model):
         raise InputError(f"model is a {type(model).__name__}. Give what probe.load returns.")
+    _check_new(model, max_new_tokens)
+    return prepare(
+        model,
+        problems,
+        partial(_script, model, max_new_tokens),
+        sites=sites,
+        layers=layers,
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        interventions=interventions,
+    )
+
+
+class Script(NamedTuple):
+    """What a problem is to a model.
+
+    Attributes:
+        token_ids: What it reads first.
+        segments: What each of them is.
+        later: What comes after them at most, by segment.
+    """
+
+    token_ids: Sequence[int]
+    segments: Sequence[str]
+    later: Sequence[str]
+
+
+def prepare(
+    model: Model,
+    problems: object,
+    script: Callable[[Problem], Script],
+    *,
+    sites: Sequence[Site] | Site,
+    layers: Selector,
+    heads: Selector,
+    queries: Selector,
+    keys: Selector,
+    dtype: str,
+    batch_size: int | None,
+    max_length: int | None,
+    max_new_tokens: int,
+    interventions: Sequence[Intervention],
+    config: Mapping[str, Any] | None = None,
+) -> Plan:
+    """A plan for problems that a script writes: see `plan`.
+
+    Args:
+        model: As for `plan`, and so are all that follow but two.
+        problems: Problems.
+        script: How a problem becomes tokens, and what comes after them.
+        sites: Sites.
+        layers: Layers.
+        heads: Heads.
+        queries: Rows.
+        keys: Columns.
+        dtype: Of the stored numbers.
+        batch_size: Problems in a batch at most.
+        max_length: Longer problems are cut.
+        max_new_tokens: Tokens that are generated at most.
+        interventions: What is changed.
+        config: What else shapes the numbers, as JSON data.
+    """
     model.tap.check()
     with model.tap.watch.lock:  # not those of another thread
         around = model.tap.watch.interventions
@@ -82,15 +145,16 @@ def plan(
     interventions = _all("interventions", interventions)
     queries, keys = lasting(queries), lasting(keys)
     _check(sites, dtype, batch_size, max_length)
-    _check_new(model, max_new_tokens)
     source = read_problems(problems)
     _check_interventions(around, interventions, len(source), max_new_tokens)
-    ready = (model, queries, keys, max_length, max_new_tokens)
-    items = tuple(_item(problem, *ready) for problem in source)
+    items = tuple(
+        _item(model, problem, script(problem), queries, keys, max_length, max_new_tokens)
+        for problem in source
+    )
     chosen_layers = _layers(model, layers)
     shape = model.tap.shape(chosen_layers)
     chosen_heads = selection.axis(heads, shape.heads, "heads")
-    config = {
+    shaping = {
         "model": {
             "class": type(model.base).__name__,
             "fingerprint": model.fingerprint(),
@@ -110,8 +174,9 @@ def plan(
         "dtype": dtype,
         # In 16 bits a kernel rounds visibly differently in another batch.
         "batch_size": batch_size if model.dtype.itemsize < 4 else None,
+        **(config or {}),
     }
-    equal = _length_matters(model)
+    equal = length_matters(model.config)
     size = 1 if equal and max_new_tokens else batch_size  # how long they will get is not known
     cell_bytes = len(chosen_layers) * len(chosen_heads) * len(sites) * 4
     return Plan(
@@ -125,9 +190,9 @@ def plan(
         queries=queries,
         keys=keys,
         z_width=shape.width,
-        config=config,
-        attrs=_story(model, source, config),
-        batches=tuple(_batches(items, size, cell_bytes, equal=equal)),
+        config=shaping,
+        attrs=_story(model, source, shaping),
+        batches=tuple(batches(items, size, cell_bytes, equal=equal)),
         seconds=_seconds(model, items),
     )
 
@@ -179,28 +244,34 @@ def _check_new(model: Model, max_new_tokens: object) -> None:
         )
 
 
+def _script(model: Model, max_new_tokens: int, problem: Problem) -> Script:
+    ids = problem.token_ids or model.text.encode(problem.text or "")
+    segments = model.text.segments(ids) if ids else ()
+    return Script(ids, segments, ["generated"] * max_new_tokens)
+
+
 def _item(
-    problem: Problem,
     model: Model,
+    problem: Problem,
+    script: Script,
     queries: Selector,
     keys: Selector,
     max_length: int | None,
-    new: int,
+    max_new_tokens: int,
 ) -> Item:
-    ids = problem.token_ids or tuple(model.text.encode(problem.text or ""))
-    ids = tuple(ids[:max_length])
+    ids = tuple(script.token_ids[:max_length])
+    segments = tuple(script.segments[:max_length])
     if not ids:
         raise InputError(
             f"problem {problem.id!r} has no tokens: its text is {problem.text!r}. Remove it."
         )
     model.text.check(ids, what=f"problem {problem.id!r}")
-    if model.context is not None and len(ids) + new > model.context:
+    if model.context is not None and len(ids) + len(script.later) > model.context:
         raise InputError(
-            f"problem {problem.id!r} has {len(ids)} tokens, and with max_new_tokens={new} it would "
+            f"problem {problem.id!r} has {len(ids)} tokens, and with {max_new_tokens=} it would "
             f"pass the context of {model.name}, {model.context}. Take fewer."
         )
-    segments = model.text.segments(ids)
-    chosen = _selected(model, problem, ids, (*segments, *["generated"] * new), queries, keys)
+    chosen = _selected(model, problem, ids, (*segments, *script.later), queries, keys)
     return Item(problem, ids, segments, *chosen)
 
 
@@ -220,9 +291,11 @@ def _selected(
         )
 
 
-def continued(model: Model, todo: Plan, item: Item, new: Sequence[int]) -> Item:
-    """A problem with the tokens that the model generated after it."""
-    segments = (*item.segments, *["generated"] * len(new))
+def continued(
+    model: Model, todo: Plan, item: Item, new: Sequence[int], what: Sequence[str] | None = None
+) -> Item:
+    """A problem with the tokens that the model generated after it, by segment."""
+    segments = (*item.segments, *(what or ["generated"] * len(new)))
     chosen = _selected(model, item.problem, item.token_ids, segments, todo.queries, todo.keys)
     return Item(item.problem, (*item.token_ids, *new), segments, *chosen)
 
@@ -238,41 +311,6 @@ def _layers(model: Model, layers: Selector) -> tuple[int, ...]:
                 f"{', '.join(map(str, model.layers))}."
             )
     return chosen
-
-
-def _batches(
-    items: Sequence[Item], batch_size: int | None, cell_bytes: int, *, equal: bool
-) -> Iterator[tuple[int, ...]]:
-    """Problems of similar length, longest first so that memory runs short early if it does."""
-    for start in range(0, len(items), _WINDOW):
-        window = range(start, min(start + _WINDOW, len(items)))
-        batch: list[int] = []
-        for i in sorted(window, key=lambda i: -items[i].length):
-            longest = items[batch[0]] if batch else items[i]
-            n = len(batch) + 1
-            cells = max(len(longest.queries) * len(longest.keys), 1)
-            full = (
-                n > batch_size
-                if batch_size
-                else n * longest.length > _BATCH_TOKENS or n * cells * cell_bytes > _BATCH_BYTES
-            )
-            if batch and (full or (equal and items[i].length != longest.length)):
-                yield tuple(batch)
-                batch = []
-            batch.append(i)
-        yield tuple(batch)
-
-
-def _length_matters(model: Model) -> bool:
-    """Whether rotary angles depend on the longest input of a batch, as they do in longrope."""
-
-    def kinds(value: Any) -> Iterator[Any]:
-        if isinstance(value, Mapping):
-            for name, inner in value.items():
-                yield from [inner] if name in ("rope_type", "type") else kinds(inner)
-
-    rope = getattr(model.config, "rope_parameters", None)
-    return bool({"dynamic", "longrope"} & set(kinds(rope)))
 
 
 def _story(model: Model, problems: Problems, config: Mapping[str, Any]) -> dict[str, Any]:

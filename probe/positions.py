@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from probe.errors import InputError
 from probe.selection import Selector, end, is_name, named, parts
 
+# What a sequence says: the ids of its tokens, and the segment of each.
+Script = tuple[Sequence[int], Sequence[str]]
 # The positions of the tokens that a text or a segment names, for each sequence.
 Naming = Callable[[str], Sequence[Sequence[int]]]
 
@@ -154,9 +156,11 @@ class Ruler:
         self._ids = ids
         self.text: Reader | None = None  # knows what token ids say
         self._signature = inspect.signature(type(model).forward)
-        # Set them to say how much of each input is the prompt, and how much is not padding.
+        # Set them to say how much of each input is the prompt, how much is not padding, and what
+        # the sequences say where that cannot be read from token ids, because some are embeddings.
         self.prompt: Tensor | None = None
         self.length: Tensor | None = None
+        self.script: Sequence[Script] | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -239,12 +243,17 @@ class Ruler:
 
     def _naming(self) -> Naming | None:
         """Finds tokens by what they say or are, in the sequences as they are now."""
-        if self.text is None or self._tokens is None or self.position is None:
+        if self.text is None or self.position is None:
             return None
         prompts = self._prompts().tolist()
-        if len(prompts) < len(self._tokens):
-            prompts *= len(self._tokens)
-        own = partial(_named, self.text, self._tokens, self.position, prompts)
+        if self.script is not None:
+            own = partial(_scripted, self.text, self.script, prompts)
+        elif self._tokens is None:
+            return None
+        else:
+            if len(prompts) < len(self._tokens):
+                prompts *= len(self._tokens)
+            own = partial(_named, self.text, self._tokens, self.position, prompts)
         known: dict[str, Sequence[Sequence[int]]] = {}  # the layers of a forward share it
 
         def find(selector: str) -> Sequence[Sequence[int]]:
@@ -270,6 +279,16 @@ def _named(
         segments = (*text.segments(own[:n]), *["generated"] * (len(own) - n))
         found.append(named(selector, segments, partial(text.said, own[:n])))
     return found
+
+
+def _scripted(
+    text: Reader, script: Sequence[Script], prompts: Sequence[int], selector: str
+) -> list[tuple[int, ...]]:
+    """The same where the whole sequences are known beforehand, also what is still to be read."""
+    return [
+        named(selector, segments, partial(text.said, ids[:n]))
+        for (ids, segments), n in zip(script, prompts, strict=True)
+    ]
 
 
 def _tokens(given: Mapping[str, Any], tokens: Tensor, past: int, before: Tensor | None) -> Tensor:

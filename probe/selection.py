@@ -14,6 +14,7 @@ Selector = int | slice | Sequence[int] | str | None
 # What gives the texts of some tokens, and how many tokens say each together: see `named`.
 Texts = Callable[..., Sequence[tuple[str, int]]]
 
+_SEGMENT = re.compile(r"([^\[\],]+)(?:\[(?:(-?\d+)|((-?\d*):(-?\d*)))\])?")
 _ENDS = re.compile(r"(first|last):([0-9]+)")
 _NAMED = ("segment:", "text:", "regex:")
 
@@ -129,8 +130,10 @@ def named(
     r"""The tokens that a segment, a text or a regular expression names.
 
     Args:
-        selector: "segment:latent": tokens of that segment. "text: not": tokens that say just this,
-            alone or several in a row, wherever they occur (so not the first half of " nothing").
+        selector: "segment:latent": tokens of that segment; "segment:latent[2]" and
+            "segment:latent[3:],eot,answer": some of them, counted within it, and several segments.
+            "text: not": tokens that say just this, alone or several in a row, wherever they occur
+            (so not the first half of " nothing").
             "regex:[0-9]+": tokens of which a regular expression matches any part, in all their
             texts joined, those of special tokens left out.
         segments: Segment of each token.
@@ -143,16 +146,21 @@ def named(
         Positions, rising; none where nothing matches.
 
     Raises:
-        InputError: The regular expression is none, or the tokens have no texts.
+        InputError: The regular expression or the place in a segment is none, or the tokens have no
+            texts.
 
     Example:
+        >>> named("segment:latent[1:],eot", ("text", "latent", "latent", "eot"), ())
+        (2, 3)
         >>> said = lambda special: [(t, 1) for t in ("<s>", "do", " no", "t", " stop", " not")]
         >>> named("text: not", (), said), named("regex:n.t", (), said)
         ((2, 3, 5), (2, 3, 5))
     """
     kind, _, wanted = selector.partition(":")
     if kind == "segment":
-        return tuple(n for n, segment in enumerate(segments) if segment == wanted)
+        chosen = _segments(selector, name)
+        found = {n for which, some in chosen for n in _within(segments, which)[some]}
+        return tuple(sorted(found))
     expression = _expression(selector, name)
     units = tokens(special=expression is None)
     if not any(text for text, _ in units) and not any(text for text, _ in tokens(special=True)):
@@ -168,12 +176,12 @@ def named(
         spans = [(end - len(wanted), end) for end in lasts.intersection(ends)]
     else:
         spans = [match.span() for match in expression.finditer(whole)]
-    found, first = list[int](), 0
+    here, first = list[int](), 0
     for start, end, (_, count) in zip(starts, ends, units, strict=True):
         if any(max(a, start) < min(b, end) for a, b in spans):
-            found += range(first, first + count)
+            here += range(first, first + count)
         first += count
-    return tuple(found)
+    return tuple(here)
 
 
 def require(selector: Selector, name: str) -> None:
@@ -186,7 +194,9 @@ def require(selector: Selector, name: str) -> None:
         parts(selector, name)
     elif not is_name(selector):
         end(selector, name)
-    elif not selector.startswith("segment:"):
+    elif selector.startswith("segment:"):
+        _segments(selector, name)
+    else:
         _expression(selector, name)
 
 
@@ -278,6 +288,30 @@ def _absolute(item: object, size: int, name: str, noun: str) -> int:
 
 def _no_texts(special: bool) -> Sequence[tuple[str, int]]:
     return ()
+
+
+def _segments(selector: str, name: str) -> list[tuple[str, slice]]:
+    """The segments in a selection, and which of their tokens."""
+    found = []
+    for part in selector.removeprefix("segment:").split(","):
+        match = _SEGMENT.fullmatch(part.strip())
+        if match is None:
+            raise InputError(
+                f"{name}={selector!r} names no segments. Write 'segment:latent', "
+                "'segment:latent[2]', 'segment:latent[-1]' or 'segment:latent[3:],eot'."
+            )
+        which, one, span, start, stop = match.groups()
+        if one is not None:
+            found.append((which, slice(int(one), int(one) + 1 or None)))
+        elif span is not None:
+            found.append((which, slice(*(int(x) if x else None for x in (start, stop)))))
+        else:
+            found.append((which, slice(None)))
+    return found
+
+
+def _within(segments: Sequence[str], which: str) -> list[int]:
+    return [n for n, segment in enumerate(segments) if segment == which]
 
 
 def _expression(selector: str, name: str) -> re.Pattern[str] | None:

@@ -18,7 +18,7 @@ import xarray as xr
 import zarr
 
 from probe import disk, schema
-from probe.arrays import lengths, make_arrays, write_labels
+from probe.arrays import add_coordinate, lengths, make_arrays, write_labels
 from probe.errors import InputError, StoreError
 from probe.schema import EMPTY, Labels
 from probe.writer import Writer
@@ -80,7 +80,7 @@ def create(
     reduced: Mapping[str, Sequence[str] | schema.Array] | None = None,
     together: int | None = None,
     sizes: Mapping[str, int] | None = None,
-    coords: Mapping[str, Sequence[float]] | None = None,
+    coords: Mapping[str, Sequence[float] | Sequence[str]] | None = None,
     dtype: str = "float16",
     loss: bool = True,
     attrs: Mapping[str, object] | None = None,
@@ -103,7 +103,7 @@ def create(
         together: See `schema.layout`.
         sizes: Lengths of dims other than problem, layer and head, as `head_dim` for z. query and
             key may be longer than any problem is now, for tokens that are generated later.
-        coords: Labels of dims that `sizes` has, by dim: numbers, float64.
+        coords: Labels of dims that `sizes` has, by dim: numbers (float64) or texts.
         dtype: Of the sites, "float16" or "float32".
         loss: Whether to keep a loss per problem.
         attrs: More to record. `versions` is merged with those of numpy, xarray and zarr;
@@ -145,7 +145,7 @@ def create(
         make_arrays(group, arrays, layout, extent, loss=loss)
         write_labels(group, labels, layers, heads, block=layout.block)
         for dim, values in (coords or {}).items():
-            group.create_array(dim, data=np.array(values, "float64"), dimension_names=[dim])
+            add_coordinate(group, dim, values)
         disk.move_into_place(target, path, replace=replace)
         undo.pop_all()
     disk.sweep(path)

@@ -49,11 +49,15 @@ class Text:
             ) from error
 
     def decode(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token as text, the space before a word included; "" without a tokenizer."""
+        """Each token as text, the space before a word included.
+
+        "" without a tokenizer, and for negative ids: positions where no token is, but a latent.
+        """
         if self.tokenizer is None:
             return [""] * len(token_ids)
-        self._said |= {i: self._decode_one(i) for i in set(token_ids) - self._said.keys()}
-        return [self._said[i] for i in token_ids]
+        new = {i for i in token_ids if i >= 0} - self._said.keys()
+        self._said |= {i: self._decode_one(i) for i in new}
+        return [self._said.get(i, "") for i in token_ids]
 
     def said(self, token_ids: Sequence[int], special: bool = True) -> list[tuple[str, int]]:
         """What tokens say, in order, each text with the number of tokens that say it together.

@@ -18,7 +18,7 @@ from probe.attention import AttentionCall
 from probe.compiled import eagerly
 from probe.errors import InputError, UnsupportedModelError, WiringError
 from probe.interventions import Add, Change, Intervention
-from probe.positions import Ruler
+from probe.positions import Ruler, Script
 from probe.proof import prove, prove_softmax
 
 
@@ -62,6 +62,7 @@ class Watch:
         *interventions: Intervention,
         prompt: Tensor | None = None,
         length: Tensor | None = None,
+        script: Sequence[Script] | None = None,
     ) -> Iterator[None]:
         """Watch every forward of the model while this is entered; contexts may be nested.
 
@@ -69,10 +70,11 @@ class Watch:
             interventions: Act after those of the contexts around this one.
             prompt: (batch), tokens of each input that are its prompt; default all.
             length: (batch), tokens of each input, where it is padded on the right without a mask.
+            script: What each sequence will say, where parts of it are read as embeddings.
         """
         with self.lock, eagerly(self._whole):
             ruler = self.ruler
-            outside = self.interventions, ruler.prompt, ruler.length
+            outside = self.interventions, ruler.prompt, ruler.length, ruler.script
             if self._depth == 0:
                 handles = (
                     self._model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -83,10 +85,11 @@ class Watch:
             self.interventions = (*self.interventions, *interventions)
             ruler.prompt = ruler.prompt if prompt is None else prompt
             ruler.length = ruler.length if length is None else length
+            ruler.script = ruler.script if script is None else script
             try:
                 yield
             finally:
-                self.interventions, ruler.prompt, ruler.length = outside
+                self.interventions, ruler.prompt, ruler.length, ruler.script = outside
                 self._depth -= 1
                 if self._depth == 0:
                     self._running = False

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 import probe
-from probe import demos, planning
+from probe import batching, demos
 from probe.errors import InputError
 
 
@@ -47,13 +47,13 @@ def test_batches_hold_every_problem_once_and_neighbours_in_length(llama: Any) ->
     assert sorted(i for batch in plan.batches for i in batch) == list(range(700))
     for batch in plan.batches:
         lengths = [len(ids[i]) for i in batch]
-        assert max(lengths) * len(batch) <= planning._BATCH_TOKENS
+        assert max(lengths) * len(batch) <= batching._BATCH_TOKENS
         assert {i // 512 for i in batch} in ({0}, {1})  # shards fill one after the other
     assert max(len(batch) for batch in probe.plan(llama, ids, batch_size=7).batches) == 7
 
 
 def test_long_matrices_make_small_batches(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_BATCH_BYTES", 2 * 4 * 4 * 40 * 40)
+    monkeypatch.setattr(batching, "_BATCH_BYTES", 2 * 4 * 4 * 40 * 40)
     plan = probe.plan(llama, [ids[:40] for ids in demos.repeated(20, 8)])
     assert [len(batch) for batch in plan.batches] == [1] * 8
 
