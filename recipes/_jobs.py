@@ -26,6 +26,8 @@ from recipes._measures import mean_nll
 _TOGETHER, _SHARDS = 8, 64
 _TEXTS = schema.Array(("problem",), "string", "")
 
+Labels = Sequence[float] | Sequence[str]
+
 
 class Options(TypedDict, total=False):
     """How an experiment runs, as `probe.capture` has it.
@@ -157,7 +159,7 @@ def job(
     compute: Callable[..., Sequence[Reading]],
     texts: Sequence[str] = (),
     sizes: Mapping[str, int] | None = None,
-    coords: Mapping[str, Sequence[float]] | None = None,
+    coords: Mapping[str, Labels] | None = None,
     alone: bool = False,
     options: Options,
 ) -> xr.Dataset:
@@ -172,7 +174,7 @@ def job(
         compute: See `probe.running.Work`.
         texts: Results that are texts, one for each problem.
         sizes: Lengths of dims that a store does not have by itself.
-        coords: Dims that are labelled with numbers.
+        coords: Dims that are labelled with numbers or texts.
         alone: Whether each problem is a batch of its own.
         options: How to run.
 
@@ -218,7 +220,7 @@ def _create(
     config: Mapping[str, object],
     arrays: Mapping[str, schema.Array],
     sizes: Mapping[str, int],
-    coords: Mapping[str, Sequence[float]],
+    coords: Mapping[str, Labels],
     path: Path,
     overwrite: bool,
 ) -> store.Writer:
