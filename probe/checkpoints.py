@@ -64,7 +64,7 @@ def folder(source: str, revision: str | None = None) -> Path:
     except (OSError, ValueError) as error:
         raise InputError(
             f"{source!r} cannot be loaded: {first_line(error)} Give a name on the hub, as "
-            "'zen-E/CODI-gpt2', a local folder, or demo-codi."
+            "'zen-E/CODI-gpt2', or a local folder."
         ) from error
 
 

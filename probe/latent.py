@@ -1,14 +1,18 @@
 """Latent reasoning: models that think in embeddings, CODI's and Coconut's, and their attention.
 
-    >>> with load("demo-codi") as reasoner:
-    ...     thought = think(reasoner, [{"question": "3+4*2-1=", "answer": "6"}])[0]
-    ...     ds = capture(reasoner, "demo:chains", "latent.zarr", progress=False)
-    >>> thought.text, thought.correct
-    ('6', 1.0)
-    >>> ds.pattern.dims, ds.query_segment.values[0, :8].tolist()
-    (('problem', 'layer', 'head', 'query', 'key'), ['latent', ... 'latent', 'eot', 'answer'])
+>>> reasoner = Reasoner(  # or load("zen-E/CODI-gpt2"); here one that was never trained to think
+...     model=model, kind="mine", n_latents=3, opens=(1,), closes=(2,), words=64,
+...     following=lambda hidden: hidden,
+... )
+>>> thought = think(reasoner, [{"question": "abc", "answer": "d"}], max_new_tokens=4)[0]
+>>> len(thought.latents), len(thought.token_ids), thought.expected
+(3, 4, 'd')
+>>> ds = capture(reasoner, ["abc"], "latent.zarr", max_new_tokens=4, progress=False)
+>>> ds.query_segment.values[0].tolist()
+['latent', 'latent', 'latent', 'eot', 'answer', 'answer', 'answer', 'answer']
+>>> ds.segment.values[0, :7].tolist()
+['bos', 'question', 'question', 'question', 'bot', 'latent', 'latent']
 
-Recipes over such stores are in `recipes.latent`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -163,11 +167,6 @@ def think(
 
     Raises:
         InputError: Something cannot be used.
-
-    Example:
-        >>> with load("demo-codi") as reasoner:
-        ...     [thought.text for thought in think(reasoner, ["3+4*2-1=", "1+1+1+1="])]
-        ['6', '4']
     """
     if padding not in get_args(Padding):
         raise InputError(f"padding={padding!r}. Choose from {', '.join(get_args(Padding))}.")

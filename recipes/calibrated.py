@@ -114,6 +114,31 @@ def _lift(m: Matrices) -> tuple[Any, Any]:
     )
 
 
+def hubs(p: T) -> T:
+    """How much of a hub each key of the block is, beyond chance.
+
+        (lift_j - 1) / (mean_{i>j} i - 1), over the readers i of j
+
+    Args:
+        p: Attention probabilities, (…, query, key), square.
+
+    Returns:
+        (…, key), at most 1; 0 is uniform, also on average over noise, and 1 is all attention of
+        the rows after j, among the earlier ones, on j. NaN where `lift` is.
+
+    Example:
+        >>> import numpy as np
+        >>> hubs(np.eye(4)[[0, 0, 0, 0]])
+        array([ 1.        , -0.66666667,         nan,         nan])
+    """
+    return measure(Metric("hubs", _hubs, square=True, out=("key",)), p)
+
+
+def _hubs(m: Matrices) -> Any:
+    lifts, most = _lift(m)
+    return m.ratio(lifts - 1.0, most - 1.0)
+
+
 def hub_lift(p: T) -> T:
     """Strength of the strongest hub, beyond chance.
 
@@ -135,12 +160,10 @@ def hub_lift(p: T) -> T:
 
 
 def _hub_lift(m: Matrices) -> Any:
-    lifts, most = _lift(m)
+    lifts, _ = _lift(m)
     known = ~m.xp.isnan(lifts)
     best = m.xp.argmax(m.xp.where(known, lifts, -1.0), axis=-1)[..., None]
-    top = m.xp.take_along_axis(lifts, best, axis=-1)[..., 0]
-    limit = m.xp.take_along_axis(most, best, axis=-1)[..., 0]
-    return m.ratio(top - 1.0, limit - 1.0)
+    return m.xp.take_along_axis(_hubs(m), best, axis=-1)[..., 0]
 
 
 class _Conditional(NamedTuple):

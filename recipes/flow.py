@@ -29,7 +29,7 @@ import xarray as xr
 from array_api_compat import array_namespace
 
 from recipes._metric import Matrices, Metric, measure
-from recipes.calibrated import hub_lift, lift, long_range, sequential
+from recipes.calibrated import hub_lift, hubs, lift, long_range, sequential
 
 __all__ = [
     "Nulls",
@@ -38,6 +38,7 @@ __all__ = [
     "hub",
     "hub_lift",
     "hub_position",
+    "hubs",
     "lift",
     "long_range",
     "nulls",

@@ -72,13 +72,6 @@ def knockout(
     Raises:
         InputError: Something cannot be used; nothing has run.
         WiringError: Two runs of the same differ.
-
-    Example:
-        >>> from probe import latent
-        >>> with latent.load("demo-codi") as reasoner:
-        ...     ds = knockout(reasoner, [{"question": "3+4*2-1=", "answer": "6"}], progress=False)
-        >>> ds.hidden.values.tolist(), float(ds.base_correct[0])
-        (['z0', 'z1', 'z2', 'z3', 'z4', 'z5', 'all'], 1.0)
     """
     if options.get("max_length") is not None:
         raise InputError("max_length would cut what opens the latents. Shorten the questions.")

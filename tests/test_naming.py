@@ -196,3 +196,26 @@ def test_embeddings_in_place_of_tokens_cannot_be_named(demo: Model) -> None:
         pytest.raises(InputError, match="what the tokens say is not known"),
     ):
         demo({"inputs_embeds": table(torch.tensor([[0, 1, 2]]))})
+
+
+@pytest.mark.parametrize(
+    ("selector", "wanted"),
+    [
+        ("segment:latent", (2, 3, 4)),
+        ("segment:latent[0]", (2,)),
+        ("segment:latent[-1]", (4,)),
+        ("segment:latent[1:], eot", (3, 4, 5)),
+        ("segment:eot,latent[:-1]", (2, 3, 5)),
+        ("segment:latent[7]", ()),
+    ],
+)
+def test_places_within_segments_are_named(selector: str, wanted: tuple[int, ...]) -> None:
+    segments = ("bos", "bot", "latent", "latent", "latent", "eot")
+    require(selector, "keys")
+    assert named(selector, segments, lambda special: ()) == wanted
+
+
+@pytest.mark.parametrize("selector", ["segment:", "segment:z[a]", "segment:z[1", "segment:a,,b"])
+def test_what_names_no_segments_is_refused(selector: str) -> None:
+    with pytest.raises(InputError, match=r"names no segments\. Write 'segment:latent', 'segment"):
+        require(selector, "keys")
