@@ -74,7 +74,7 @@ def test_files_in_parts_and_safetensors_hold_the_same(tmp_path: Path) -> None:
     whole = folder(tmp_path / "a", "gpt2", state)
     parts = folder(tmp_path / "b", "gpt2", state)
     (parts / "pytorch_model.bin").unlink()
-    names, where = sorted(state), {}
+    names, where = sorted(state), dict[str, str]()
     for n, some in enumerate((names[::2], names[1::2])):
         save_file({k: state[k].clone() for k in some}, parts / f"part{n}.safetensors")
         where |= dict.fromkeys(some, f"part{n}.safetensors")

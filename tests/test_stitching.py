@@ -59,7 +59,7 @@ def test_masses_are_sums_over_the_segments_of_all_keys(family: str, tmp_path: Pa
     with reasoner(family) as who:
         options: dict[str, Any] = {"dtype": "float32", "progress": False, "max_new_tokens": 3}
         ds = latent.capture(who, questions(), tmp_path / "a.zarr", **options)
-        some = {"queries": "segment:latent", "keys": "segment:latent"}
+        some: dict[str, Any] = {"queries": "segment:latent", "keys": "segment:latent"}
         block = latent.capture(who, questions(), tmp_path / "b.zarr", **some, **options)
     mass = ds.mass.values
     np.testing.assert_allclose(mass.sum(-1), 1.0, atol=1e-6)
