@@ -36,9 +36,9 @@ from probe.plans import Item, Plan
 from probe.problems import Problem
 from probe.reasoners import Reasoner, load
 from probe.running import OnError, Work, require, run
-from probe.schema import Site
+from probe.schema import PARTS, Site
 from probe.selection import Selector
-from probe.stitching import PARTS, labels, read, steps
+from probe.stitching import labels, read, steps
 from probe.thinking import Padding, answer, ask, close, later, reason, script
 
 __all__ = ["Reasoner", "Thought", "capture", "load", "plan", "stepwise", "think"]
@@ -138,7 +138,7 @@ def plan(
 def _script(reasoner: Reasoner, most: int, problem: Problem) -> Script:
     ids = reasoner.prompt(problem)
     bos = reasoner.model.text.segments(ids)[0] == "bos"
-    segments = reasoner.segments(len(ids), 0, bos=bos)[: len(ids)]
+    segments = reasoner.segments(len(ids), bos=bos)
     return Script(ids, segments, later(reasoner, most))
 
 
@@ -200,7 +200,7 @@ def _thoughts(
 
 
 def _thought(reasoner: Reasoner, item: Item, latents: Tensor, ids: Sequence[int]) -> Thought:
-    text = "".join(reasoner.model.text.decode(ids))
+    text = reasoner.model.text.joined(ids)
     says, wanted = value(text), expected(item.problem)
     right = correct(says, wanted)
     return Thought(item.problem.id, latents, tuple(ids), text, says, wanted, right)

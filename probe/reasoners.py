@@ -99,24 +99,15 @@ class Reasoner:
             text = text.strip().replace("  ", " ")
         return [*self.model.text.encode(self.question.format(text)), *self.opens]
 
-    def segments(self, prompt: int, answer: int, *, bos: bool) -> tuple[str, ...]:
-        """What each position of a whole sequence is: bos, question, bot, latent, eot, answer.
+    def segments(self, n: int, *, bos: bool) -> tuple[str, ...]:
+        """What each of the n tokens of a prompt is: bos, question or bot.
 
         Args:
-            prompt: Tokens up to the last that opens.
-            answer: Tokens of the answer.
+            n: Tokens up to the last that opens.
             bos: Whether the first token begins a text.
         """
-        question = prompt - len(self.opens) - bos
-        parts = {
-            "bos": int(bos),
-            "question": question,
-            "bot": len(self.opens),
-            "latent": self.n_latents,
-            "eot": len(self.closes),
-            "answer": answer,
-        }
-        return tuple(name for name, count in parts.items() for _ in range(count))
+        question = ["question"] * (n - len(self.opens) - bos)
+        return (*["bos"] * bos, *question, *["bot"] * len(self.opens))
 
     def as_data(self) -> dict[str, Any]:
         """What of it shapes numbers, beyond its model, as JSON data."""

@@ -70,6 +70,11 @@ COORDINATES: Final = (
 )
 
 
+# What a row's `mass` of a latent store is summed over. "latent" is the other latents: a row's own
+# place is "self".
+PARTS: Final = ("bos", "question", "bot", "latent", "self", "eot", "answer")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
     """What is known about one problem before it runs: which tokens its rows and columns are.

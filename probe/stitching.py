@@ -6,6 +6,8 @@ the question are asked, its keys and values are taken from the first reading of 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,9 @@ from probe.planning import continued
 from probe.plans import Item, Plan
 from probe.reasoners import Reasoner
 from probe.running import Reading
-from probe.schema import Labels
+from probe.schema import PARTS, Labels
 from probe.tap import run
 from probe.thinking import Tape, answer, ask, close, later, reason, script
-
-# What a row's attention is summed over. "latent" is the other latents: a row's own place is "self".
-PARTS = ("bos", "question", "bot", "latent", "self", "eot", "answer")
 
 
 def read(reasoner: Reasoner, todo: Plan, batch: Sequence[int], *, proof: bool) -> list[Reading]:
@@ -85,21 +84,13 @@ def labels(reasoner: Reasoner, item: Item) -> Labels:
         f"z{at - first}" if segment == "latent" else text
         for at, segment, text in zip(found.key_position, found.segment, found.token, strict=True)
     ]
-    return Labels(
-        id=found.id,
-        length=found.length,
-        query_position=found.query_position,
-        key_position=found.key_position,
-        token=token,
-        token_id=found.token_id,
-        segment=found.segment,
-    )
+    return replace(found, token=token)
 
 
 def _reading(
     reasoner: Reasoner, item: Item, said: Sequence[int], arrays: Mapping[str, Any]
 ) -> Reading:
-    text = "".join(reasoner.model.text.decode(said))
+    text = reasoner.model.text.joined(said)
     wanted, found = expected(item.problem), value(text)
     texts = {"answer": text, "expected": wanted}
     more: dict[str, Any] = {name: np.array(text, dtype=object) for name, text in texts.items()}
@@ -233,15 +224,11 @@ def steps(
         tape, latent = ask(reasoner, items)
         for _ in range(reasoner.n_latents):
             rows: list[Tensor] = []
-            tape.real = torch.cat([tape.real, tape.real.new_ones(len(items), 1)], 1)
 
             def visit(_: int, attention: AttentionEnvoy) -> None:
                 rows.append(_last_row(attention.seen, tape.real.shape[1]))  # noqa: B023
 
-            inputs = tape.inputs(latent) | {"output_hidden_states": True, "logits_to_keep": 1}
-            output = run(model.tap, visit, inputs, layers=model.layers)
-            tape.cache = output.past_key_values
-            latent = reasoner.following(output.hidden_states[-1][:, -1:])
+            latent = tape.next(latent, partial(run, model.tap, visit, layers=model.layers))
             found.append(torch.stack(rows, 1))
     total = tape.real.shape[1]
     return torch.stack([functional.pad(row, (0, total - row.shape[-1])) for row in found], 3)

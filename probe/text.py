@@ -80,6 +80,12 @@ class Text:
             at += count
         return out
 
+    def joined(self, token_ids: Sequence[int]) -> str:
+        """What tokens say together; "" without a tokenizer."""
+        text = "".join(self.decode(token_ids))
+        # A character may be spread over tokens, none of which says it alone.
+        return str(self.tokenizer.decode(list(token_ids))) if _BROKEN in text else text
+
     def _together(self, token_ids: Sequence[int]) -> tuple[str, int] | None:
         """The first few of these tokens that say something whole."""
         for count in range(2, len(token_ids) + 1):

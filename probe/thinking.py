@@ -6,7 +6,7 @@ padding, and GPT-2's positions shift. That is `padding="original"`, to reproduce
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from probe.positions import Script
 from probe.reasoners import Reasoner
 
 Padding = Literal["masked", "original"]
+Call = Callable[[Mapping[str, Any]], Any]
 
 
 @dataclass(slots=True, eq=False)
@@ -47,8 +48,12 @@ class Tape:
             given["position_ids"] = (self.real.long().cumsum(1) - 1).clamp_min(0)[:, -new:]
         return given
 
-    def read(self, embeds: Tensor) -> Any:
+    def read(self, embeds: Tensor, call: Call | None = None) -> Any:
         """Read (batch, new, width), all of them tokens or latents, but for a question's padding.
+
+        Args:
+            embeds: What is read.
+            call: Runs the model on inputs, where somebody looks on.
 
         Returns:
             The model's output, with hidden states, and logits of the last position alone.
@@ -56,9 +61,14 @@ class Tape:
         if self.cache is not None:
             self.real = torch.cat([self.real, self.real.new_ones(embeds.shape[:2])], 1)
         more = {"output_hidden_states": True, "logits_to_keep": 1}
-        output = self.reasoner.model.tap.call(self.inputs(embeds) | more)
+        output = (call or self.reasoner.model.tap.call)(self.inputs(embeds) | more)
         self.cache = output.past_key_values
         return output
+
+    def next(self, embeds: Tensor, call: Call | None = None) -> Tensor:
+        """Read, and give the embedding of the latent that follows: (batch, 1, width)."""
+        output = self.read(embeds, call)
+        return self.reasoner.following(output.hidden_states[-1][:, -1:])
 
     def fork(self) -> "Tape":
         """A tape that goes on from here by itself."""
@@ -81,7 +91,7 @@ def ask(
         real[row, longest - item.length :] = True
     device = reasoner.model.device
     tape = Tape(reasoner, real.to(device), padding=padding)
-    return tape, _next(reasoner, tape.read(reasoner.embed(ids.to(device))))
+    return tape, tape.next(reasoner.embed(ids.to(device)))
 
 
 def reason(tape: Tape, latent: Tensor) -> Tensor:
@@ -89,7 +99,7 @@ def reason(tape: Tape, latent: Tensor) -> Tensor:
     latents = []
     for _ in range(tape.reasoner.n_latents):
         latents.append(latent)
-        latent = _next(tape.reasoner, tape.read(latent))
+        latent = tape.next(latent)
     return torch.cat(latents, 1)
 
 
@@ -168,8 +178,3 @@ def later(reasoner: Reasoner, answer: int) -> list[str]:
     """The segments of what follows a question."""
     counts = {"latent": reasoner.n_latents, "eot": len(reasoner.closes), "answer": answer}
     return [name for name, count in counts.items() for _ in range(count)]
-
-
-def _next(reasoner: Reasoner, output: Any) -> Tensor:
-    """The embedding of the latent that follows what was read: of the hidden state of its last."""
-    return reasoner.following(output.hidden_states[-1][:, -1:])

@@ -1,6 +1,5 @@
 """The scores of a store's heads, problem by problem, and what they are over problems."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -8,15 +7,15 @@ import numpy as np
 import xarray as xr
 
 from probe.errors import InputError
-from recipes import heads, latent, stats
+from recipes import _importing, heads, latent, stats
 from recipes._metric import PROBLEM
+from recipes.calibrated import UNDEFINED_BELOW
 
 Metrics = Mapping[str, Callable[[xr.DataArray], xr.DataArray]] | Sequence[str] | None
 
 HEADS = ("layer", "head")
 NAMES = ("sequential", "long_range", "self", "question", "sink")  # of `recipes.latent.scores`
 NOT_BY_CHANCE = ("self", "question", "sink", "concentration")  # which of these noise has too
-UNDEFINED_BELOW = 0.01  # attention on earlier latents, below which shares of it mean nothing
 AT_ONCE = 2**24  # numbers of blocks of latents in memory
 TAKEN = (PROBLEM, *HEADS, "depth", "correct", "accuracy")
 
@@ -92,14 +91,8 @@ def _functions(metrics: Metrics) -> Mapping[str, Callable[[xr.DataArray], xr.Dat
 
 def _named(name: str) -> Callable[[xr.DataArray], xr.DataArray]:
     """heads.entropy, flow.hub, or any importable package.module.function."""
-    module, _, function = str(name).rpartition(".")
-    for home in (f"recipes.{module}", module):
-        try:
-            found: Any = getattr(importlib.import_module(home), function, None)
-        except (ImportError, ValueError):
-            continue
-        if callable(found):
-            return found  # type: ignore[no-any-return]
+    if (found := _importing.metric(str(name))) is not None:
+        return found
     raise InputError(
         f"there is no metric {name!r}. Name one as heads.entropy, or give a mapping from names to "
         "functions of a pattern."

@@ -80,8 +80,7 @@ def planned(
         model, source, layers=model.layers[0], max_new_tokens=max_new_tokens, **limits
     )
     _require_same_words(model, source, todo.items)
-    attrs = {name: value for name, value in todo.attrs.items() if name != "selection"}
-    return replace(todo, items=tuple(map(_whole, todo.items)), attrs=attrs)
+    return whole(todo)
 
 
 def _require_same_words(model: Model, source: Any, items: Sequence[Item]) -> None:
@@ -98,9 +97,14 @@ def _require_same_words(model: Model, source: Any, items: Sequence[Item]) -> Non
         )
 
 
-def _whole(item: Item) -> Item:
-    everything = tuple(range(item.length))
-    return replace(item, queries=everything, keys=everything)
+def whole(todo: Plan) -> Plan:
+    """A plan whose rows and columns are all tokens of each problem, and none that would follow."""
+    items = []
+    for item in todo.items:
+        everything = tuple(range(item.length))
+        items.append(replace(item, queries=everything, keys=everything))
+    attrs = {name: value for name, value in todo.attrs.items() if name != "selection"}
+    return replace(todo, items=tuple(items), attrs=attrs)
 
 
 def opened(problems: object) -> object:
@@ -118,13 +122,6 @@ def _names_a_store(path: Path) -> bool:
         return path.suffix == ".zarr" or (path.expanduser() / "zarr.json").is_file()
     except (OSError, ValueError, RuntimeError):  # a text: no name is so long, nobody's home
         return False
-
-
-def said(model: Model, token_ids: Sequence[int]) -> str:
-    """What tokens say together; "" without a tokenizer."""
-    text = "".join(model.text.decode(token_ids))
-    # A character may be spread over tokens, none of which says it alone.
-    return str(model.tokenizer.decode(token_ids)) if "\ufffd" in text else text
 
 
 def readings(

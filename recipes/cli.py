@@ -3,7 +3,6 @@
 Exit codes: 0, 1 (one red message), 2 (usage). Heavy imports wait until a command needs them.
 """
 
-import importlib
 import json
 import sys
 import warnings
@@ -17,7 +16,7 @@ from rich.text import Text as Plain
 
 import probe
 from probe.errors import InputError, ProbeError, WiringError
-from recipes import cli_changes
+from recipes import _importing, cli_changes
 from recipes._cli import (
     MaxLength,
     ModelName,
@@ -306,14 +305,8 @@ def _require_patterns(ds: "xr.Dataset") -> None:
 
 def _metric(name: str) -> Callable[..., Any]:
     """heads.entropy, flow.hub, or any importable package.module.function."""
-    module, _, function = name.rpartition(".")
-    for home in (f"recipes.{module}", module):
-        try:
-            found: Any = getattr(importlib.import_module(home), function, None)
-        except (ImportError, ValueError):
-            continue
-        if callable(found):
-            return found  # type: ignore[no-any-return]
+    if (found := _importing.metric(name)) is not None:
+        return found
     raise InputError(
         f"there is no metric {name!r}. Name one like heads.induction, heads.entropy or flow.hub, "
         "or a function of your own as package.module.function."

@@ -20,7 +20,7 @@ from probe.plans import Item
 from probe.reading import generated, logits
 from probe.running import Reading
 from probe.selection import Selector
-from recipes._jobs import Options, job, planned, readings, said
+from recipes._jobs import Options, job, planned, readings
 from recipes._measures import PER_TOKEN, TARGET, accuracy, arrays_of, mean_nll, of_target, per_token
 from recipes._placing import require_places
 from recipes.controls import NoOp, elsewhere
@@ -299,4 +299,4 @@ def _add_texts(
 ) -> None:
     for name, ones in (("base_text", ()), ("text", interventions)):
         for one, new in zip(found, generated(model, items, ones, most), strict=True):
-            one[name] = said(model, new)
+            one[name] = model.text.joined(new)

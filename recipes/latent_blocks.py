@@ -9,12 +9,11 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from probe.errors import InputError
-from probe.schema import DONE
+from probe.schema import DONE, PARTS
 
 Convention = Literal["document", "published"]
 Numbers = NDArray[np.float32]
 
-PARTS = ("bos", "question", "bot", "latent", "self", "eot", "answer")
 LATENT = "latent"
 BYTES = 2**26  # of what is read at once, about
 _NEEDED = ("pattern", "mass", "query_segment", "segment", "status")
@@ -63,21 +62,29 @@ def blocks(ds: xr.Dataset, convention: Convention = "document") -> Iterator[Numb
     Raises:
         InputError: As for `block`.
     """
-    if convention not in get_args(Convention):
-        raise InputError(
-            f"convention={convention!r}. Choose from {', '.join(get_args(Convention))}."
-        )
-    for part, rows, columns in parts(ds):
-        values = _picked(_picked(part["pattern"].values, rows, 3), columns, 4).astype("float32")
-        yield shifted(values) if convention == "published" else values
+    return (found for found, _, _ in _parts(ds, convention))
 
 
-def parts(ds: xr.Dataset) -> Iterator[tuple[xr.Dataset, NDArray[np.int64], NDArray[np.int64]]]:
-    """Finished problems, some at a time, with their latents' rows and columns: (problem, n).
+def blocks_and_masses(
+    ds: xr.Dataset, convention: Convention = "document"
+) -> Iterator[tuple[Numbers, Numbers]]:
+    """The same blocks, and the mass of each latent's row: (problem, layer, head, latent, part).
 
     Raises:
         InputError: As for `block`.
     """
+    for found, part, rows in _parts(ds, convention):
+        yield found, _picked(part["mass"].values, rows, 3)
+
+
+def _parts(
+    ds: xr.Dataset, convention: Convention
+) -> Iterator[tuple[Numbers, xr.Dataset, NDArray[np.int64]]]:
+    """Blocks of finished problems, some at a time, the part of the store, and the latents' rows."""
+    if convention not in get_args(Convention):
+        raise InputError(
+            f"convention={convention!r}. Choose from {', '.join(get_args(Convention))}."
+        )
     n = latents(ds)
     rows = _places(ds, "query_segment", "query", n)
     columns = _places(ds, "segment", "key", n)
@@ -88,8 +95,10 @@ def parts(ds: xr.Dataset) -> Iterator[tuple[xr.Dataset, NDArray[np.int64], NDArr
         if here.any():
             part = ds[["pattern", "mass"]].isel(problem=slice(start, stop))
             part = part if here.all() else part.isel(problem=np.flatnonzero(here))
-            some = np.arange(start, stop)[here]
-            yield part.transpose(*order, "part"), rows[some], columns[some]
+            part, some = part.transpose(*order, "part"), np.arange(start, stop)[here]
+            found = _picked(_picked(part["pattern"].values, rows[some], 3), columns[some], 4)
+            found = found.astype("float32")
+            yield shifted(found) if convention == "published" else found, part, rows[some]
 
 
 def shifted(b: Numbers) -> Numbers:

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -19,7 +18,7 @@ from probe.latent import Reasoner
 from probe.plans import Item, Plan
 from probe.running import Reading
 from probe.thinking import answer, ask, close, nll, reason, script
-from recipes._jobs import Options, job
+from recipes._jobs import Options, job, whole
 from recipes._suppress import Knockout
 
 ALL = "all"  # the label of all latents together
@@ -82,9 +81,7 @@ def knockout(
         batch_size=options.get("batch_size"),
         max_new_tokens=max_new_tokens,
     )
-    whole = tuple(map(_whole, todo.items))
-    attrs = {name: value for name, value in todo.attrs.items() if name != "selection"}
-    todo = replace(todo, items=whole, attrs=attrs)
+    todo = whole(todo)
     names = [*(f"z{k}" for k in range(reasoner.n_latents)), ALL]
     over = [*MEASURES, *(CONTROL + name for name in MEASURES)]
     return job(
@@ -104,11 +101,6 @@ def knockout(
         coords={"hidden": names},
         options=options,
     )
-
-
-def _whole(item: Item) -> Item:
-    everything = tuple(range(item.length))
-    return replace(item, queries=everything, keys=everything)
 
 
 def _compute(
@@ -182,7 +174,7 @@ def _thought(
         logits = close(tape)
         losses = nll(tape, logits, targets)
         said = answer(tape, logits, most)
-    values = [value("".join(reasoner.model.text.decode(ids))) for ids in said]
+    values = [value(reasoner.model.text.joined(ids)) for ids in said]
     return {
         "loss": [a / max(1, len(b)) for a, b in zip(losses, targets, strict=True)],
         "correct": [correct(a, b) for a, b in zip(values, wanted, strict=True)],

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
 from probe.errors import InputError
 from probe.schema import DONE
 from recipes import calibrated, flow
-from recipes.latent_blocks import Convention, blocks, latents, parts
+from recipes.latent_blocks import Convention, blocks_and_masses, latents
 
 HEADS = ("layer", "head")
 CELLS = (*HEADS, "query", "key")
@@ -44,12 +43,11 @@ def aggregate(ds: xr.Dataset, convention: Convention = "document") -> xr.Dataset
         raise InputError("the store has no finished problem. Wait, or resume its capture.")
     total: Any = 0.0
     squares: Any = 0.0
-    for some in blocks(ds, convention):
+    mass: Any = 0.0
+    for some, masses in blocks_and_masses(ds, convention):
         wide = some.astype("float64")
         total, squares = total + wide.sum(0), squares + (wide**2).sum(0)
-    mass: Any = 0.0
-    for part, rows, _ in parts(ds):
-        mass = mass + _of_rows(part["mass"].values, rows).sum(0, dtype="float64")
+        mass = mass + masses.sum(0, dtype="float64")
     mean = total / n
     size = latents(ds)
     coords: dict[str, Any] = {name: ds[name] for name in (*HEADS, "part")}
@@ -62,11 +60,6 @@ def aggregate(ds: xr.Dataset, convention: Convention = "document") -> xr.Dataset
     }
     attrs = {"n": n, "convention": convention, "model": str(ds.attrs.get("model", ""))}
     return xr.Dataset(data, coords, attrs)
-
-
-def _of_rows(mass: Any, rows: NDArray[np.int64]) -> Any:
-    """(problem, layer, head, latent, part) of all stored rows."""
-    return np.take_along_axis(mass, rows[:, None, None, :, None], 3)
 
 
 def published(aggregated: xr.Dataset) -> xr.Dataset:
@@ -135,15 +128,13 @@ def scores(ds: xr.Dataset) -> xr.Dataset:
     pieces |= {name: [] for name in SHARES}
     moments: Any = 0.0
     names = [str(part) for part in ds["part"].values]
-    readers = zip(blocks(ds), parts(ds), strict=True)
-    for p, (part, rows, _) in readers:
+    for p, masses in blocks_and_masses(ds):
         pieces["sequential"].append(calibrated.sequential(p))
         pieces["long_range"].append(calibrated.long_range(p))
         pieces["hub"].append(calibrated.hubs(p))
         moments = moments + _permuted(p)
-        mass = _of_rows(part["mass"].values, rows).mean(3)
         for name, which in SHARES.items():
-            pieces[name].append(mass[..., names.index(which)])
+            pieces[name].append(masses[..., names.index(which)].mean(3))
     if not pieces["hub"]:
         raise InputError("the store has no finished problem. Wait, or resume its capture.")
     done = ds["status"].values == DONE

@@ -21,7 +21,7 @@ from probe.reading import generated, logits
 from probe.running import Reading
 from probe.selection import Selector
 from recipes._choosing import Heads, chunks
-from recipes._jobs import Options, job, planned, readings, said
+from recipes._jobs import Options, job, planned, readings
 from recipes._measures import mean_of, nll_of
 from recipes._placing import heads_of
 from recipes._suppress import Mode, Suppress
@@ -154,7 +154,7 @@ def _of_problem(
         "relevance": [relevance],
         "target_loss": [before],
         "noop": [mean_of(nll_of(idle[0], ids), counted) - before],
-        "target": [said(model, answer)],
+        "target": [model.text.joined(answer)],
     }
     return readings(results, base, [item])[0]
 

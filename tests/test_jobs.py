@@ -17,7 +17,6 @@ import probe
 from probe import demos
 from probe.errors import InputError, StoreError
 from probe.model import Model
-from recipes import _jobs
 from recipes.ablation import Ablate, cumulative, sweep
 from recipes.suppression import (
     Knockout,
@@ -297,4 +296,4 @@ def test_texts_survive_whatever_they_say(
     wanted = ["".join(odd[token % 6] for token in own) for own in new]
     assert opened.base_text.values.tolist() == wanted
     assert opened.text.shape == (6,)
-    assert _jobs.said(model, [0, 5]) == odd[0] + odd[5]
+    assert model.text.joined([0, 5]) == odd[0] + odd[5]

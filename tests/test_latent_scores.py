@@ -11,9 +11,9 @@ import xarray as xr
 import probe
 from probe import schema, store
 from probe.errors import InputError
-from probe.schema import Labels
+from probe.schema import PARTS, Labels
 from recipes import flow, latent
-from recipes.latent_blocks import PARTS, shifted
+from recipes.latent_blocks import shifted
 from recipes.latent_findings import Estimate, kind
 from recipes.latent_scores import _permuted
 
