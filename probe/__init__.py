@@ -12,6 +12,7 @@ from probe.errors import InputError, ProbeError, StoreError, UnsupportedModelErr
 from probe.problems import Problem, Problems, problems
 
 if TYPE_CHECKING:
+    from probe import latent
     from probe.attention import AttentionCall
     from probe.capturing import capture
     from probe.interventions import Bias, Edit, Intervention
@@ -34,6 +35,7 @@ _HOME = {
     "Model": "model",
     "Plan": "plans",
     "capture": "capturing",
+    "latent": "latent",
     "load": "loading",
     "open": "store",
     "plan": "planning",
@@ -57,6 +59,7 @@ __all__ = [
     "WiringError",
     "capture",
     "demos",
+    "latent",
     "load",
     "open",
     "plan",
@@ -75,6 +78,6 @@ def __getattr__(name: str) -> Any:
             f"probe.{name} needs {error.name}, which cannot be imported here ({error}). Stores can "
             "be read and measured without torch; to run models: pip install attn-probe"
         ) from error
-    value = getattr(home, name)
+    value = home if name == _HOME[name] else getattr(home, name)
     globals()[name] = value
     return value

@@ -41,7 +41,7 @@ from probe.selection import Selector
 from probe.stitching import labels, read, steps
 from probe.thinking import Padding, answer, ask, close, later, reason, script
 
-__all__ = ["Reasoner", "Thought", "capture", "load", "plan", "stepwise", "think"]
+__all__ = ["Reasoner", "Thought", "capture", "load", "plan", "rows", "stepwise", "think"]
 
 # Rows that are read by default: all that the model does once the question is over.
 ROWS = "segment:latent,eot,answer"
@@ -328,9 +328,46 @@ def stepwise(reasoner: Reasoner, problem: object, *interventions: Intervention) 
         InputError: It is not one problem.
     """
     todo = plan(reasoner, problem, interventions=interventions)
-    if len(todo.items) != 1:
-        raise InputError(f"stepwise takes one problem, got {len(todo.items)}. Give one at a time.")
+    _require_one(todo)
     with reading(reasoner.model.module):
-        rows: Any = steps(reasoner, todo.items, interventions)[0]
+        found = steps(reasoner, todo.items, interventions)[0]
+    return _labelled(reasoner, found.numpy(force=True))
+
+
+def rows(reasoner: Reasoner, problem: object, *interventions: Intervention) -> xr.DataArray:
+    """The rows of one problem's latents, read in one forward as `capture` does, and not stored.
+
+    Args:
+        reasoner: From `load`.
+        problem: What `probe.problems` reads as one problem.
+        interventions: What to change meanwhile.
+
+    Returns:
+        As `stepwise`.
+
+    Raises:
+        InputError: It is not one problem.
+        WiringError: What was read is not what the model computed.
+    """
+    todo = plan(
+        reasoner,
+        problem,
+        queries="segment:latent",
+        interventions=interventions,
+        dtype="float32",
+        max_new_tokens=1,
+    )
+    _require_one(todo)
+    with reading(reasoner.model.module):
+        found = read(reasoner, todo, [0], proof=True)[0].arrays["pattern"]
+    return _labelled(reasoner, found[..., : todo.items[0].length + reasoner.n_latents])
+
+
+def _require_one(todo: Plan) -> None:
+    if len(todo.items) != 1:
+        raise InputError(f"{len(todo.items)} problems, where one is read. Give one at a time.")
+
+
+def _labelled(reasoner: Reasoner, found: Any) -> xr.DataArray:
     coords = {"layer": list(reasoner.model.layers)}
-    return xr.DataArray(rows.numpy(force=True), coords, ("layer", "head", "query", "key"))
+    return xr.DataArray(found, coords, ("layer", "head", "query", "key"))

@@ -68,6 +68,8 @@ def load(
         raise InputError(f"dtype={dtype!r}. Give one of torch, as 'bfloat16' or torch.float32.")
     target = device_of(device)
     name = str(source)
+    if name in demos.LATENT:
+        raise InputError(f"{name} thinks in latents. Load it with probe.latent.load({name!r}).")
     shipped = name.startswith("demo-") and not Path(name).exists()
     place = demos.path(name) if shipped else source
     options = {"revision": revision, "trust_remote_code": trust_remote_code}

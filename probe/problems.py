@@ -17,10 +17,11 @@ from probe.errors import InputError
 
 FIELDS = ("text", "question", "prompt")
 
-_DEMOS: Mapping[str, Callable[[], list[list[int]]]] = {
+_DEMOS: Mapping[str, Callable[[], Sequence[object]]] = {
     "demo:repeated": demos.repeated,
     "demo:copy": partial(demos.instructed, "copy"),
     "demo:next": partial(demos.instructed, "next"),
+    "demo:chains": demos.chains,
 }
 
 _HF = re.compile(r"hf:(?P<name>[^:@]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:\[]+))?:(?P<split>.+)")
@@ -88,9 +89,9 @@ def problems(
         source: A text; a list of texts, of dicts (read as lines of a jsonl file), of lists of token
             ids, or of `Problem`; the path of a .txt file, one problem a line, or of a .jsonl file;
             "hf:NAME[@REVISION][:CONFIG]:SPLIT", a dataset of the Hugging Face hub;
-            "demo:repeated", "demo:copy" or "demo:next", what the demonstration models were made for
-            (see `probe.demos`); or an opened store, whose finished problems are read again under
-            their ids, as the token ids they were, without what was generated after them.
+            "demo:repeated", "demo:copy", "demo:next" or "demo:chains", what the demonstration
+            models were made for (see `probe.demos`); or an opened store, whose finished problems
+            are read again under their ids, as the token ids they were, without what followed them.
         text: The field that holds the text; without it `text`, else `question`, else `prompt`.
         n: How many to take; None for all.
         seed: With it, `random.Random(seed).sample(range(all), n)` chooses, in that order; without

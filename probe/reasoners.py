@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from probe import checkpoints
+from probe import checkpoints, demos
 from probe.errors import InputError, first_line
 from probe.fingerprint import fingerprint
 from probe.loading import device_of
@@ -155,9 +155,9 @@ def load(
     Files are read as tensors alone, and no code of a checkpoint is run.
 
     Args:
-        source: "zen-E/CODI-gpt2" or another name on the Hugging Face hub, or a local folder or
-            file. A folder may hold a `latent.json` with n_latents,
-            lora_alpha, remove_eos, question and answer.
+        source: "zen-E/CODI-gpt2" or another name on the Hugging Face hub, a local folder or file,
+            or "demo-codi" or "demo-coconut", which ship with the package. A folder may hold a
+            `latent.json` with n_latents, lora_alpha, remove_eos, question and answer.
         base: The model that it was trained from, of which config and tokenizer are read and no
             weights; by default what the folder holds, or what is known of a published name.
         n_latents: Latents to read; default 6, as both were trained for GSM8K.
@@ -177,7 +177,7 @@ def load(
     """
     name = str(source)
     target = device_of(device)
-    path = checkpoints.folder(name, revision)
+    path = demos.path(name) if name in demos.LATENT else checkpoints.folder(name, revision)
     given = {"n_latents": n_latents, "lora_alpha": lora_alpha, "remove_eos": remove_eos}
     settings = {"n_latents": 6, "lora_alpha": 32, "remove_eos": True, **_settings(path)}
     settings |= {key: value for key, value in given.items() if value is not None}

@@ -16,7 +16,7 @@ from rich.text import Text as Plain
 
 import probe
 from probe.errors import InputError, ProbeError, WiringError
-from recipes import _importing, cli_changes
+from recipes import _importing, cli_changes, cli_latent
 from recipes._cli import (
     MaxLength,
     ModelName,
@@ -45,6 +45,8 @@ app = typer.Typer(
 
 for command in (cli_changes.suppress, cli_changes.ablate, cli_changes.relevance):
     app.command()(command)
+app.command()(cli_latent.export)
+app.add_typer(cli_latent.app, name="latent")
 
 Store = Annotated[Path, typer.Argument(help="Folder of a store.")]
 Metric = Annotated[str, typer.Argument(help="heads.induction, flow.hub, or any importable one.")]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.latent_blocks import block, blocks, noise
 from recipes.latent_criteria import Criterion, criteria
-from recipes.latent_findings import findings, kind
-from recipes.latent_reading import readout, top_tokens
+from recipes.latent_findings import best, findings, kind
+from recipes.latent_reading import masses, readout, top_tokens
 from recipes.latent_scores import aggregate, published, scores
 
 if TYPE_CHECKING:
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Criterion",
     "aggregate",
+    "best",
     "block",
     "blocks",
     "criteria",
     "findings",
     "kind",
     "knockout",
+    "masses",
     "noise",
     "published",
     "readout",

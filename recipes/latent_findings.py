@@ -100,6 +100,24 @@ def findings(
     return _with_types(xr.Dataset(data, coords, attrs), scores)
 
 
+def best(findings: xr.Dataset, score: str = "composite", top: int = 10) -> list[tuple[int, int]]:
+    """The (layer, head) that rank first by a score, best first; without those that have none.
+
+    Args:
+        findings: From `findings`.
+        score: One of its scores.
+        top: How many at most.
+
+    Raises:
+        InputError: There is no such score.
+    """
+    known = findings["score"].values.tolist()
+    if score not in known:
+        raise InputError(f"score={score!r}: there is none. Choose from {', '.join(known)}.")
+    ranks = findings["rank"].sel(score=score, drop=True).stack(cell=HEADS).dropna("cell")
+    return [(int(layer), int(head)) for layer, head in ranks.sortby(ranks)["cell"].values[:top]]
+
+
 def _tables(scores: xr.Dataset) -> dict[str, NDArray[np.float32]]:
     """(problem, head of all layers) of each score."""
     n = scores.sizes["problem"]

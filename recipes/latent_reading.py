@@ -61,6 +61,40 @@ def readout(ds: xr.Dataset) -> xr.DataArray:
     return xr.DataArray(out, coords, ("problem", "layer", "head", "row", "key"), name="readout")
 
 
+def masses(ds: xr.Dataset) -> xr.DataArray:
+    """Where each latent, what closes and the answer look.
+
+    Args:
+        ds: A latent store.
+
+    Returns:
+        (problem, row, part) float32, mean over layers and heads: what rows z0, z1, ..., "eot" and
+        "answer" (the mean of its tokens) give to each part of all that they see. NaN where a
+        problem has no such row or is not done.
+
+    Raises:
+        InputError: It is no latent store.
+
+    Example:
+        >>> from recipes.latent_blocks import noise
+        >>> masses(noise(problems=1)).row.values.tolist()
+        ['z0', 'z1', 'z2', 'z3', 'z4', 'z5']
+    """
+    n = latents(ds)
+    names = ds["query_segment"].transpose("problem", "query").values
+    rows = [f"z{k}" for k in range(n)] + [name for name in READERS if (names == name).any()]
+    out = np.full((ds.sizes["problem"], len(rows), ds.sizes["part"]), np.nan, "float32")
+    for i in np.flatnonzero(ds["status"].values == DONE):
+        mass = ds["mass"].isel(problem=i).mean(("layer", "head")).transpose("query", "part").values
+        own = np.flatnonzero(names[i] == "latent")
+        out[i, : len(own)] = mass[own]
+        for k, name in enumerate(rows[n:], n):
+            if (names[i] == name).any():
+                out[i, k] = mass[names[i] == name].mean(0)
+    coords = {"problem": ds["problem"].values, "row": rows, "part": ds["part"].values}
+    return xr.DataArray(out, coords, ("problem", "row", "part"), name="masses")
+
+
 def top_tokens(ds: xr.Dataset, k: int = 10) -> list[dict[str, object]]:
     """The tokens of the question that each latent attends to most, over all layers and heads.
 

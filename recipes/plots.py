@@ -1,9 +1,10 @@
-"""Pictures of heads and patterns, and of what interventions do, with matplotlib.
+"""Pictures of heads and patterns, of what interventions do, and of latents, with matplotlib.
 
 Every function draws into `ax` where one is given. Otherwise it makes a figure of its own, outside
 pyplot, so nothing has to be closed and no display is needed: `ax.figure` shows it in a notebook,
 `ax.figure.savefig("heads.png")` writes it. Nothing is averaged or selected silently: an array with
 more dims than the picture has is a ValueError that names them.
+Pictures of latents are whole figures, with their means in the titles: see `recipes.plots_latent`.
 
     >>> import numpy as np
     >>> ax = pattern(np.eye(3), ["The", " cat", " sat"])
@@ -37,17 +38,43 @@ from recipes._drawing import (
     values_of,
     write_numbers,
 )
+from recipes.plots_compare import (
+    model_comparison_critical_heads,
+    model_comparison_flow,
+    model_comparison_hubs,
+)
 from recipes.plots_curves import cumulative, dose_response
 from recipes.plots_effects import effect_map, token_strip
+from recipes.plots_latent import (
+    by_layer,
+    critical_head_detail,
+    hub_analysis,
+    latent_knockout,
+    latent_masses,
+    latent_readout,
+    ranking,
+    top_heads,
+)
 
 __all__ = [
+    "by_layer",
+    "critical_head_detail",
     "cumulative",
     "dose_response",
     "effect_map",
     "head_grid",
     "head_map",
+    "hub_analysis",
+    "latent_knockout",
+    "latent_masses",
+    "latent_readout",
+    "model_comparison_critical_heads",
+    "model_comparison_flow",
+    "model_comparison_hubs",
     "pattern",
+    "ranking",
     "token_strip",
+    "top_heads",
 ]
 
 COLUMNS = 4  # of a grid of heads

@@ -110,7 +110,7 @@ def test_a_shipped_model_has_the_promised_shape(shipped: PreTrainedModel, name: 
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, None, None)
 
 
-@pytest.mark.parametrize("name", demos.SHIPPED)
+@pytest.mark.parametrize("name", [*demos.SHIPPED, *demos.LATENT])
 def test_a_shipped_folder_names_no_place_on_any_machine(name: str) -> None:
     for file in demos.path(name).glob("*.json"):
         text = file.read_text()

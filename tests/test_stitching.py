@@ -160,7 +160,7 @@ def test_other_mistakes_are_named(tmp_path: Path) -> None:
     with reasoner("llama") as who:
         with pytest.raises(InputError, match=r"padding='left'\. Choose from masked, original"):
             latent.think(who, questions(), padding="left")  # type: ignore[arg-type]
-        with pytest.raises(InputError, match=r"stepwise takes one problem, got 5"):
+        with pytest.raises(InputError, match=r"5 problems, where one is read"):
             latent.stepwise(who, questions())
         with pytest.raises(
             InputError, match=r"reasoner is a Model\. Give what probe\.latent\.load"

@@ -1,13 +1,16 @@
-"""Six tiny trained models that ship with the package, and the stimuli that they were made for.
+"""Eight tiny trained models that ship with the package, and what they were made for.
 
 Five have 2 layers of 4 heads, a vocabulary of 64 single characters and a context of 128 tokens.
 They copy repeated random tokens, and therefore have real previous-token and induction heads: a
 known answer for everything that measures heads, with nothing to download. The sixth has 3 layers
 and follows an instruction, "=abcde|" or "+abcde|", that it has to look at: a known answer for
-everything that suppresses attention. ``python -m probe.demos.train`` makes them again from a seed.
+everything that suppresses attention. Two more, a CODI and a Coconut, calculate in latents.
+``python -m probe.demos.train`` and ``train_latent`` make them again from a seed.
 This module imports neither torch nor transformers.
 """
 
+from collections.abc import Callable, Mapping
+from operator import add, mul, sub
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -22,7 +25,14 @@ NAMES: tuple[str, ...] = (
     "demo-qwen3",
 )
 INSTRUCT = "demo-instruct"
-SHIPPED = (*NAMES, INSTRUCT)
+LATENT = ("demo-codi", "demo-coconut")  # loaded by probe.latent.load
+SHIPPED = (*NAMES, INSTRUCT)  # loaded by probe.load
+
+# What demo-codi and demo-coconut calculate with.
+MODULUS = 7
+OPERATIONS: Mapping[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul}
+MEMORY = "m"  # stands for the second intermediate result
+STEPS = range(4, 7)  # operations in a chain; the first three have a digit
 
 # The token ids of demo-instruct; 0 begins the text.
 INSTRUCTIONS = {"copy": 1, "next": 2}
@@ -34,17 +44,18 @@ def path(name: str) -> Path:
     """Find the folder of a demonstration model.
 
     Args:
-        name: One of ``SHIPPED``, such as ``"demo-llama"``.
+        name: One of ``SHIPPED`` or ``LATENT``, such as ``"demo-llama"``.
 
     Returns:
         The checkpoint folder, ready for ``from_pretrained``.
 
     Raises:
-        InputError: The name is not one of ``SHIPPED``.
+        InputError: The name is none of these.
     """
-    if name not in SHIPPED:
+    known = (*SHIPPED, *LATENT)
+    if name not in known:
         raise InputError(
-            f"No demonstration model is named {name!r}; use one of {', '.join(SHIPPED)}."
+            f"No demonstration model is named {name!r}; use one of {', '.join(known)}."
         )
     return Path(__file__).parent / name.removeprefix("demo-")
 
@@ -124,4 +135,64 @@ def instructed(
     return [
         [0, INSTRUCTIONS[instruction], *contents, SEPARATOR, *output]
         for contents, output in zip(drawn, answers, strict=True)
+    ]
+
+
+def chain(rng: Random) -> tuple[str, list[int]]:
+    """Draw a chain of operations modulo 7, from left to right, as "3+4*2-1+m-m=".
+
+    Digits are 0 to 6. From the fourth operation on, the operand is "m", the second intermediate
+    result, and the operation is + or -. Nothing is multiplied by 0.
+
+    Args:
+        rng: Source of the draw.
+
+    Returns:
+        The question, and its intermediate results, of which the last is the answer.
+
+    Example:
+        >>> chain(Random(0))
+        ('6-0-4-3-m-m=', [6, 2, 6, 4, 2])
+    """
+    length = rng.choice(STEPS)
+    value = rng.randrange(MODULUS)
+    question, results = str(value), list[int]()
+    for n in range(length):
+        sign = rng.choice("+-*" if n < 3 else "+-")
+        operand = rng.randrange(sign == "*", MODULUS) if n < 3 else results[1]
+        value = OPERATIONS[sign](value, operand) % MODULUS
+        results.append(value)
+        question += sign + (str(operand) if n < 3 else MEMORY)
+    return question + "=", results
+
+
+def chains(count: int = 200, seed: int = 0) -> list[dict[str, object]]:
+    """Draw the questions of ``demo-codi`` and ``demo-coconut``: see `chain`.
+
+    Every latent of theirs holds the next intermediate result; the second of them, z1, is what each
+    "m" asks for. A known answer for what studies latents: later latents look at z1.
+
+    Args:
+        count: Questions, all different.
+        seed: Seed of the draw.
+
+    Returns:
+        Problems with `question`, `answer` and `results`, all intermediate results.
+
+    Raises:
+        InputError: ``count`` is negative, or above 10,000.
+
+    Example:
+        >>> chains(count=1)[0]["answer"]
+        '2'
+    """
+    if not 0 <= count <= 10_000:
+        raise InputError(f"Cannot draw count={count} questions; choose 0 to 10000.")
+    rng, drawn = Random(seed), dict[str, list[int]]()
+    while len(drawn) < count:
+        question, results = chain(rng)
+        drawn[question] = results
+    return [
+        {"question": question, "answer": str(results[-1]), "results": results}
+        for question, results in drawn.items()
     ]
