@@ -15,7 +15,9 @@
 
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ from probe.interventions import Intervention, of_items
 from probe.planning import Script, prepare
 from probe.plans import Item, Plan
 from probe.problems import Problem
+from probe.problems import problems as read_problems
 from probe.reasoners import Reasoner, load
 from probe.running import OnError, Work, require, run
 from probe.schema import PARTS, Site
@@ -117,9 +120,10 @@ def plan(
         )
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens!r}. An answer has at least 1 token.")
+    found = read_problems(problems)
     return prepare(
         reasoner.model,
-        problems,
+        found,
         partial(_script, reasoner, max_new_tokens),
         sites=sites,
         layers=layers,
@@ -131,8 +135,12 @@ def plan(
         max_length=None,
         max_new_tokens=max_new_tokens,
         interventions=interventions,
-        config={"latent": reasoner.as_data()},
+        config={"latent": reasoner.as_data(), "expected": _digest(map(expected, found))},
     )
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def _script(reasoner: Reasoner, most: int, problem: Problem) -> Script:

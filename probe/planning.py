@@ -322,6 +322,7 @@ def _story(model: Model, problems: Problems, config: Mapping[str, Any]) -> dict[
         "dtype": config["model"]["dtype"],
         "attn_implementation": config["model"]["attn_implementation"],
         "device": str(model.device),
+        "n_layers": model.n_layers,
         "n_heads": model.n_heads,
         "n_kv_heads": model.n_kv_heads,
         "causal": model.tap.causal,

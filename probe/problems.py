@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+
 from probe import demos
 from probe.errors import InputError
 
@@ -23,6 +25,8 @@ _DEMOS: Mapping[str, Callable[[], Sequence[object]]] = {
     "demo:next": partial(demos.instructed, "next"),
     "demo:chains": demos.chains,
 }
+
+_LATER = ("generated", "bot", "latent", "eot", "answer")  # segments that follow a problem
 
 _HF = re.compile(r"hf:(?P<name>[^:@]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:\[]+))?:(?P<split>.+)")
 
@@ -169,9 +173,10 @@ def _stored(ds: Any) -> Iterator[Problem]:
                 f"the store holds only some columns of problem {name!r}, so its tokens are not all "
                 "known. Capture with keys=None, or give the problems themselves."
             )
-        generated = columns["segment"][n, :length] == "generated"
-        ids = columns["token_id"][n, :length][~generated]
-        yield Problem(name, None, tuple(map(int, ids)))
+        later = np.isin(columns["segment"][n, :length], _LATER)
+        ids = columns["token_id"][n, :length][~later]
+        fields = {"answer": str(ds["expected"].values[n])} if "expected" in ds else {}
+        yield Problem(name, None, tuple(map(int, ids)), fields)
 
 
 def _is_path(text: str | Path) -> bool:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from recipes.latent_study import Studied
 
 
+TAGS = ["attention-flow"]
+
+
 def require() -> Any:
     """The package wandb.
 
@@ -54,7 +57,7 @@ def log(project: str, found: Mapping[str, "Studied"], out: Path) -> None:
             "heads": analysis.store.sizes["head"],
             "problems": analysis.store.attrs["problems"],
         }
-        run = wandb.init(project=project, name=name, config=config, tags=["attention-flow"])
+        run = wandb.init(project=project, name=name, config=config, tags=TAGS, dir=str(out))
         done = 0
         for block in latent.blocks(analysis.store):
             for each in block:
