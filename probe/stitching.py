@@ -109,7 +109,8 @@ def _arrays(
 ) -> list[dict[str, Any]]:
     """One forward over the stitched sequences, of which the rows of a plan are read."""
     pads = (~asked.real).sum(1).tolist()
-    longest = max(item.length + pad for item, pad in zip(items, pads, strict=True))
+    # what comes after the last row that is read is seen by none of them
+    longest = max(_rows(items, pads)[1], asked.real.shape[1] + reasoner.n_latents)
     past = asked.real.shape[1]
     if any(q + pad < past for item, pad in zip(items, pads, strict=True) for q in item.queries):
         tape = Tape(reasoner, asked.real[:, :0])
@@ -159,7 +160,8 @@ def _stitched(
     """(batch, position, width): what was read as tokens or as latents, padded on both sides."""
     ids = torch.zeros(len(items), longest, dtype=torch.long)
     for row, item, pad in zip(ids, items, pads, strict=True):
-        row[pad : pad + item.length] = torch.tensor(item.token_ids)
+        known = torch.tensor(item.token_ids)[: longest - pad]
+        row[pad : pad + len(known)] = known
     embeds: Tensor = reasoner.embed(ids.clamp_min(0).to(latents.device))
     for row, item, pad, own in zip(embeds, items, pads, latents, strict=True):
         first = pad + item.segments.index("latent")
@@ -192,9 +194,10 @@ def _space(todo: Plan, item: Item) -> dict[str, Tensor]:
 
 
 def _columns(rows: Tensor, start: int, length: int, empty: float) -> Tensor:
-    """A problem's own columns; empty where a sliding cache has dropped them."""
+    """A problem's own columns; empty where a sliding cache has dropped them, or nobody reads."""
     own = rows[..., max(start, 0) : start + length]
-    return functional.pad(own, (length - own.shape[-1], 0), value=empty)
+    later = max(start + length - rows.shape[-1], 0)
+    return functional.pad(own, (length - own.shape[-1] - later, later), value=empty)
 
 
 def _masses(weights: Tensor, item: Item) -> Tensor:

@@ -8,6 +8,8 @@ import xarray as xr
 from recipes import latent
 from recipes.latent_criteria import Criterion
 
+NOISE = 500  # problems at most: more of them need much memory, and change little
+
 
 class Analysis(NamedTuple):
     """What is found in a latent store.
@@ -19,7 +21,8 @@ class Analysis(NamedTuple):
         shifted: The same scores of the original's reading, one row and column off.
         findings: The calibrated scores: see `recipes.latent.findings`.
         criteria: Document 002's criteria of success.
-        noise: The same criteria, and `findings`, of a store of pure noise of the same size.
+        noise: The same criteria, and `findings`, of a store of pure noise of the same size, but for
+            at most 500 problems: fewer make chance findings likelier, not rarer.
     """
 
     store: xr.Dataset
@@ -55,7 +58,7 @@ def analyse(
     published = latent.published(aggregated)
     found = partial(latent.findings, top=top, draws=draws, level=level, seed=seed)
     noise = latent.noise(
-        problems=int(aggregated.attrs["n"]),
+        problems=min(int(aggregated.attrs["n"]), NOISE),
         layers=ds.sizes["layer"],
         heads=ds.sizes["head"],
         n_latents=aggregated.sizes["key"],

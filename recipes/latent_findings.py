@@ -16,7 +16,7 @@ WEIGHTS = {"sequential": 0.4, "hub": 0.4, "long_range": 0.2}  # of the composite
 FOUND = 0.3  # a calibrated score counts where its whole interval lies above
 SHARE = 0.5  # and a share of mass likewise
 NEAR = 0.1  # two types so near each other are mixed; a score so near 0 is chance
-NUMBERS = 2**24  # held at once in any one array of draws
+NUMBERS = 2**22  # held at once in any one array of draws
 
 
 class Estimate(NamedTuple):

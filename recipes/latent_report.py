@@ -125,8 +125,8 @@ def published(found: Analysis) -> Section:
 def criteria(found: Analysis) -> Section:
     """Document 002's criteria of success, of the model and of noise."""
     text = (
-        "Beside the model, the same criteria on a store of the same size whose scores are "
-        "independent noise. What noise passes is no evidence."
+        "Beside the model, the same criteria on a store of the same size (at most 500 problems) "
+        "whose scores are independent noise. What noise passes is no evidence."
     )
     rows = [
         [str(one.phase), one.name, _verdict(one), _verdict(other)]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import probe
+from probe import stitching
 from probe.errors import InputError
 from recipes import latent, latent_report, latent_study, latent_tracking
 from recipes.latent_study import Settings, Studied
@@ -184,16 +185,14 @@ def test_blocks_alone_are_little_and_give_the_same_scores(
 def test_failed_problems_are_listed_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from probe import latent as module
-
-    real = module.read
+    real = stitching.read
 
     def fails(reasoner: Any, todo: Any, batch: Any, *, proof: bool) -> Any:
         if any(todo.items[n].problem.id == "chains_163" for n in batch):
             raise FloatingPointError("the latents are not finite")
         return real(reasoner, todo, batch, proof=proof)
 
-    monkeypatch.setattr(module, "read", fails)
+    monkeypatch.setattr("probe.latent.read", fails)
     few = FEW._replace(knockout=False)
     found = latent_study.run({"codi": "demo-codi"}, "demo:chains", tmp_path, few)["codi"]
     listed = json.loads((tmp_path / "results/codi/failed_problems.json").read_text())
@@ -238,7 +237,12 @@ def test_wandb_gets_the_documents_numbers_and_the_figures_offline(
     def init(**options: Any) -> Any:
         run = real(**options)
         log = run.log
-        monkeypatch.setattr(run, "log", lambda data: (logged.append(data), log(data)))
+
+        def both(data: dict[str, Any]) -> None:
+            logged.append(data)
+            log(data)
+
+        monkeypatch.setattr(run, "log", both)
         return run
 
     monkeypatch.setattr(wandb, "init", init)
