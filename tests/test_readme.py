@@ -8,7 +8,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_python_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     script = tmp_path / "session.py"  # a file: nnsight reads the source of a trace
     script.write_text("\n".join(blocks), encoding="utf-8")
     done = subprocess.run(
@@ -16,6 +16,7 @@ def test_the_python_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "64 problems, 2624 tokens" in done.stdout
+    assert "\n1.0 1 0.9" in done.stdout  # every answer right, and a hub at z1
     best = re.findall(r"label='(L\dH\d)'", done.stdout)
     assert sorted(best) == ["L1H0", "L1H1", "L1H2", "L1H3"]
 
