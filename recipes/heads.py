@@ -23,12 +23,14 @@ from typing import Any, Literal, TypeVar, get_args
 
 import xarray as xr
 
+from recipes._classifying import classify
 from recipes._metric import Matrices, Metric, measure
 from recipes.ranking import Ranked, rank
 
 __all__ = [
     "Convention",
     "Ranked",
+    "classify",
     "concentration",
     "distance",
     "duplicate_token",
