@@ -66,12 +66,13 @@ def _criteria(aggregated: xr.Dataset, published: xr.Dataset) -> Iterator[Criteri
     order = np.argsort(-published["composite"].values.ravel(), kind="stable")
     ranked = published["composite"].values.ravel()[order]
     ranked = ranked[~np.isnan(ranked)]
-    best = float(ranked[0]) if len(ranked) else float("nan")
+    ranked = ranked if len(ranked) else np.full(1, np.nan)
+    best = float(ranked[0])
     yield Criterion(
         2, "composite of the top head", best, 0.6, best > 0.6,
         "Min-max over heads makes the best head of any set look good.",
     )  # fmt: skip
-    last = float(ranked[-50:].mean()) if len(ranked) else float("nan")
+    last = float(ranked[-50:].mean())
     times = float(ranked[:10].mean()) / last if last else float("inf")
     yield Criterion(
         2, "top 10 heads' composite, in times of the last 50's", times, 2.0, times > 2.0,

@@ -151,6 +151,8 @@ def findings(
     )
     if noise is not None:
         text += f"; of noise, {int(noise['found'].sum())} do"
+    if not bool(table["rank"].sel(score=score).notnull().any()):
+        text += f". No head has a number for {score}, which takes more latents"
     shown = list(dict.fromkeys([*SHOWN, "composite", score]))
     rows = []
     for layer, head in latent.best(table, score, top):

@@ -106,6 +106,8 @@ def run(
     """
     require_names(models)
     chosen = latent_data.sample(problems, n=settings.n, seed=settings.seed, text=text)
+    if len(chosen) < 2:
+        raise InputError("the spread over problems needs 2 questions, and there is 1. Take more.")
     data = out / "data" / latent_data.name(chosen, every=settings.n is None)
     latent_data.write(chosen, data)
     tell(f"{len(chosen)} questions: {data}")
@@ -194,18 +196,22 @@ def check(reasoner: "Reasoner", problems: Iterable[Problem]) -> float:
 
 
 def figures(found: Analysis, hidden: xr.Dataset | None) -> Iterator[tuple[str, "Figure"]]:
-    """Document 002's figures 1 to 5 of one model, and what each latent is read from and worth."""
+    """Document 002's figures 1 to 5 of one model, and what each latent is read from and worth.
+
+    A composite beyond chance takes four latents: with fewer there are no figures 1, 4 and 5.
+    """
     from recipes import plots_latent as plots
 
-    layer, head = latent.best(found.findings, "composite")[0]
-    yield "1_top_heads_attention", plots.top_heads(found.aggregated, found.findings)
+    best = latent.best(found.findings, "composite", 1)
+    if best:
+        yield "1_top_heads_attention", plots.top_heads(found.aggregated, found.findings)
     yield "2_attention_by_layer", plots.by_layer(found.aggregated)
     yield "3_hub_analysis", plots.hub_analysis(found.aggregated, found.findings)
-    yield "4_top_heads_visualization", plots.ranking(found.findings, found.published)
-    yield (
-        f"5_critical_head_detail_L{layer}H{head}",
-        plots.critical_head_detail(found.aggregated, found.findings, layer, head),
-    )
+    if best:
+        yield "4_top_heads_visualization", plots.ranking(found.findings, found.published)
+    for layer, head in best:
+        detail = plots.critical_head_detail(found.aggregated, found.findings, layer, head)
+        yield f"5_critical_head_detail_L{layer}H{head}", detail
     yield "masses", plots.latent_masses(latent.masses(found.store))
     if (found.store["query_segment"] == "answer").any():
         yield "readout", plots.latent_readout(latent.readout(found.store))

@@ -13,6 +13,8 @@ import probe
 from probe import stitching
 from probe.errors import InputError
 from recipes import latent, latent_report, latent_study, latent_tracking
+from recipes.latent_analysis import analyse
+from recipes.latent_export import export
 from recipes.latent_study import Settings, Studied
 
 MODELS = {"codi": "demo-codi", "coconut": "demo-coconut"}
@@ -220,6 +222,8 @@ def test_names_that_are_no_folders_are_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(InputError, match="cannot be the name of a folder"):
         latent_study.run({name: "demo-codi"}, "demo:chains", tmp_path / "out")
+    with pytest.raises(InputError, match="needs 2 questions"):
+        latent_study.run(MODELS, "demo:chains", tmp_path / "out", FEW._replace(n=1))
     with pytest.raises(InputError, match="a study of no model"):
         latent_study.run({}, "demo:chains", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -310,3 +314,23 @@ def test_the_problems_of_a_latent_store_are_its_questions(
         wrong = [{"id": r["gsm8k_id"], "question": r["question"], "answer": "9"} for r in rows]
         with pytest.raises(probe.StoreError, match="expected"):
             latent_study.extract(reasoner, probe.problems(wrong), folder / "stores/codi.zarr", FEW)
+
+
+@pytest.mark.parametrize("n_latents", [1, 2, 3])
+def test_fewer_latents_have_the_numbers_and_figures_that_there_are(
+    n_latents: int, tmp_path: Path
+) -> None:
+    with probe.latent.load("demo-codi", device="cpu", n_latents=n_latents) as reasoner:
+        rows = probe.problems("demo:chains", n=4)
+        ds = latent_study.extract(reasoner, rows, tmp_path / "few.zarr", FEW)
+    analysis = analyse(ds, draws=50)
+    written = latent_study.draw(latent_study.figures(analysis, None), tmp_path, dpi=40)
+    names = [path.stem for path in written]
+    assert names == ["2_attention_by_layer", "3_hub_analysis", "masses", "readout"]
+    export(analysis, tmp_path / "files")
+    raw = np.load(tmp_path / "files" / "attention_patterns_raw.npy")
+    assert raw.shape == (4, 2, 4, n_latents, n_latents)
+    text = latent_report.findings(analysis.findings).text
+    assert "No head has a number for composite, which takes more latents" in text
+    for section in ("overview", "masses", "published", "criteria"):
+        assert getattr(latent_report, section)(analysis).text
