@@ -27,6 +27,11 @@ Kind = Literal["codi", "coconut"]
 # In this order, as the published loaders try them.
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 _PREFIXES: Mapping[str, Kind] = {"codi.": "codi", "base_causallm.": "coconut"}
+# A damaged pickle fails in every way that looking something up can.
+_UNREADABLE = (
+    *(SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(LookupError, ValueError, TypeError, AttributeError),
+)
 _WRAPPER = "base_model.model."  # what PEFT puts around a model
 
 
@@ -78,10 +83,12 @@ def read(path: Path) -> dict[str, Tensor]:
     for file in _files(path):
         try:
             tensors |= _tensors(file)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        except _UNREADABLE as error:
+            # torch's own words advise to open it all the same
+            reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
             raise InputError(
-                f"{file} cannot be read as tensors: {first_line(error)} It is damaged, or a "
-                "pickle of something else, which is not opened: save its state_dict() instead."
+                f"{file} cannot be read as tensors{reason}. It is damaged, or a pickle of "
+                "something else, which is not opened: save its state_dict() instead."
             ) from error
     return tensors
 

@@ -131,7 +131,7 @@ def _asked(ds: xr.Dataset) -> list[str]:
 def _question(token: Any, segment: Any, position: Any, length: int) -> str:
     position = position[position >= 0]
     whole = len(position) >= length and np.array_equal(position, np.arange(len(position)))
-    text = "".join(str(word) for word in token[~np.isin(segment.astype(str), NOT_ASKED)])
+    text = "".join(str(word) for word in token[~np.isin(segment.astype(object), NOT_ASKED)])
     return text if whole and BROKEN not in text else ""
 
 

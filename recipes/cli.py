@@ -200,6 +200,8 @@ def info(
     }
     if "loss" in ds:
         facts["mean loss (nats per token)"] = round(float(ds.loss.mean()), 4)
+    if "expected" in ds and bool(ds.correct.notnull().any()):
+        facts["accuracy"] = round(float(ds.correct.mean()), 4)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return

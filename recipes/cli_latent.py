@@ -19,6 +19,8 @@ from recipes._cli import (
 )
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from probe.latent import Reasoner
     from recipes.latent_report import Section
 
@@ -254,7 +256,10 @@ def figures(
     """Draw document 002's figures: 1 to 5 of each store, and 6 to 8 of several."""
     from recipes import latent_analysis, latent_study
 
-    hidden = None if knocked_out is None else probe.open(knocked_out)
+    if len({path.stem for path in stores}) < len(stores):
+        names = ", ".join(path.stem for path in stores)
+        raise InputError(f"{len(stores)} stores have the names {names}. Rename one.")
+    hidden = None if knocked_out is None else _hidden(knocked_out, stores)
     found = {
         path.stem: latent_analysis.analyse(probe.open(path), draws=draws, seed=seed)
         for path in stores
@@ -266,6 +271,20 @@ def figures(
     if len(found) > 1:
         for path in latent_study.draw(latent_study.compared(found), out / "comparison"):
             typer.echo(path)
+
+
+def _hidden(path: Path, stores: list[Path]) -> "xr.Dataset":
+    """What a knock-out wrote, of the one store that is drawn."""
+    ds = probe.open(path)
+    if "delta_loss" not in ds or "hidden" not in ds.dims:
+        raise InputError(f"--knockout {path} is not what `probe latent knockout` writes.")
+    models = [str(probe.open(store).attrs["model"]) for store in stores]
+    if models != [ds.attrs["model"]]:
+        raise InputError(
+            f"--knockout {path} is of {ds.attrs['model']}, and the stores of {', '.join(models)}. "
+            "Draw the store of that model alone."
+        )
+    return ds
 
 
 def export(

@@ -51,12 +51,12 @@ def _criteria(aggregated: xr.Dataset, published: xr.Dataset) -> Iterator[Criteri
     strong = float((aggregated["mean"].max("key") > 0.4).mean())
     yield Criterion(
         1, "share of rows whose largest mean attention is above .4", strong, 0.1, strong > 0.1,
-        "Rows 0 and 1 pass in any head whose attention stays in the block: a third of six.",
+        "Rows 0 and 1 pass in any head whose attention stays in the block: a third of six latents.",
     )  # fmt: skip
     spread = float(aggregated["std"].mean())
     yield Criterion(
         1, "mean std over problems below .2", spread, 0.2, spread < 0.2,
-        "Cells above the diagonal are 0 in every problem: 15 of 36.",
+        "Cells above the diagonal are 0 in every problem: 15 of 36 with six latents.",
     )  # fmt: skip
     hub = float(published["hub"].max())
     yield Criterion(

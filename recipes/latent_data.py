@@ -66,7 +66,7 @@ def check(problems: Problems) -> None:
     times = Counter(problem.text for problem in problems)
     for problem in problems:
         if not (problem.text or "").strip():
-            raise InputError(f"problem {problem.id!r} asks nothing. Remove it.")
+            raise InputError(f"problem {problem.id!r} asks nothing: it has no text. Remove it.")
         if not expected(problem):
             raise InputError(
                 f"problem {problem.id!r} has no answer: its fields are "
@@ -110,7 +110,7 @@ def read(path: Path) -> Problems:
         found = tuple(
             Problem(
                 str(row[ID]),
-                row["question"],
+                _text(row["question"]),
                 None,
                 {key: row[key] for key in ("answer", "full_solution") if key in row},
             )
@@ -126,6 +126,12 @@ def read(path: Path) -> Problems:
     problems = Problems(found, path.name)
     check(problems)
     return problems
+
+
+def _text(question: object) -> str:
+    if not isinstance(question, str):
+        raise TypeError(f"the question {question!r} is no text")
+    return question
 
 
 def name(problems: Problems, *, every: bool) -> str:

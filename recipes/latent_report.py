@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import xarray as xr
 
-from recipes import latent
+from recipes import flow, latent
 from recipes.latent_analysis import Analysis
 from recipes.latent_criteria import Criterion
 from recipes.summaries import interval
@@ -110,9 +110,11 @@ def published(found: Analysis) -> Section:
     spans = ", ".join(
         f"{name} {float(x.min()):.3f} to {float(x.max()):.3f}" for name, x in scores.items()
     )
+    n = found.aggregated.sizes["key"]
+    nulls = flow.nulls(n)
     null = (
-        "Uniform causal attention already has flow .592 and, with all of its attention in the "
-        "block, hub .592 (six latents)."
+        f"With {n} latents, uniform causal attention already has flow {nulls.flow:.3f} and, with "
+        f"all of its attention in the block, hub {nulls.hub:.3f}."
     )
     artefact = ARTEFACT.format(
         low=float(found.shifted["flow"].min()),
@@ -151,11 +153,12 @@ def findings(
     )
     if noise is not None:
         text += f"; of noise, {int(noise['found'].sum())} do"
-    if not bool(table["rank"].sel(score=score).notnull().any()):
+    best = latent.best(table, score, top)
+    if not best:
         text += f". No head has a number for {score}, which takes more latents"
     shown = list(dict.fromkeys([*SHOWN, "composite", score]))
     rows = []
-    for layer, head in latent.best(table, score, top):
+    for layer, head in best:
         one = table.sel(layer=layer, head=head)
         position, kind = int(one["hub_position"]), str(one["type"].item())
         share = float(one["p_top"].sel(score=score))

@@ -124,6 +124,7 @@ def scores(ds: xr.Dataset) -> xr.Dataset:
         >>> bool(abs(scores(noise(layers=1, heads=1)).sequential.mean()) < 0.1)
         True
     """
+    latents(ds)  # refuses what is no latent store
     pieces: dict[str, list[Any]] = {name: [] for name in ("sequential", "long_range", "hub")}
     pieces |= {name: [] for name in SHARES}
     moments: Any = 0.0

@@ -111,6 +111,9 @@ def run(
     data = out / "data" / latent_data.name(chosen, every=settings.n is None)
     latent_data.write(chosen, data)
     tell(f"{len(chosen)} questions: {data}")
+    if len(models) > 1:  # what cannot be loaded shows before hours are spent on another
+        for source in models.values():
+            probe.latent.load(source).close()
     found = {}
     for name, source in models.items():
         with probe.latent.load(source) as reasoner:
@@ -136,7 +139,8 @@ def require_names(models: Mapping[str, str]) -> None:
     if not models:
         raise InputError("a study of no model finds nothing. Name one, as demo-codi.")
     for name in models:
-        if not name or Path(name).name != name or name in (".", "..", "comparison"):
+        taken = name == "comparison" or name.removesuffix("_knockout") in {*models} - {name}
+        if not name or Path(name).name != name or name in (".", "..") or taken:
             raise InputError(f"{name!r} cannot be the name of a folder. Give another with --name.")
 
 
@@ -220,16 +224,21 @@ def figures(found: Analysis, hidden: xr.Dataset | None) -> Iterator[tuple[str, "
 
 
 def draw(figures: Iterator[tuple[str, "Figure"]], folder: Path, dpi: int = 160) -> list[Path]:
-    """Write figures as png, one at a time."""
-    import matplotlib.pyplot as plt
+    """Write figures as png, one at a time.
 
-    folder.mkdir(parents=True, exist_ok=True)
+    Raises:
+        InputError: They cannot be written.
+    """
     written = []
-    for name, figure in figures:
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=dpi)
-        plt.close(figure)
-        written.append(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures:
+            written.append(folder / f"{name}.png")
+            figure.savefig(written[-1], dpi=dpi)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error}. Free space, or use another.") from (
+            error
+        )
     return written
 
 

@@ -157,7 +157,7 @@ def test_a_pickle_of_something_else_is_not_opened(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"codi.x": Bomb()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"cannot be read as tensors: .* which is not opened"):
+    with pytest.raises(InputError, match=r"cannot be read as tensors.* which is not opened"):
         latent.load(tmp_path)
     assert not Path("boom").exists()
     torch.save([torch.zeros(1)], tmp_path / "pytorch_model.bin")

@@ -105,6 +105,12 @@ def test_run_prints_what_it_does(command: Any, tmp_path: Path) -> None:
     assert cli_latent._name("/a/b/CODI-gpt2", every=True) == "CODI-gpt2_full"
 
 
+def test_info_says_how_many_answers_are_right(command: Any, stores: dict[str, Path]) -> None:
+    code, out, _ = command("info", stores["codi"], "--json")
+    assert code == 0
+    assert json.loads(out)["accuracy"] == 1.0
+
+
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "two of one name": (
         ("latent", "run", "--model", "demo-codi", "--model", "demo-codi", "--problems", "x"),
@@ -131,6 +137,25 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         ("export", "STORE", "-o", "x", "--layout", "csv"),
         "there is no such layout",
     ),
+    "one name twice": (("latent", "figures", "STORE", "STORE", "-o", "f"), "names codi, codi"),
+    "no folder": (("latent", "figures", "STORE", "-o", "plain.txt"), "plain.txt cannot be written"),
+    "no knockout": (
+        ("latent", "figures", "STORE", "-o", "f", "--knockout", "STORE"),
+        "is not what `probe latent knockout` writes",
+    ),
+    "junk": (
+        ("latent", "extract", "plain.txt", "demo:chains", "-o", "o"),
+        "cannot be read as tensors",
+    ),
+    "question of a number": (
+        ("latent", "extract", "demo-codi", "bad.json", "-o", "o.zarr"),
+        "the question 5 is no text",
+    ),
+    "a second model that is not there": (
+        ("latent", "run", "--model", "demo-codi", "--model", "nope", "--problems", "demo:chains"),
+        "'nope' cannot be loaded",
+    ),
+    "another store to rank": (("latent", "rank", "PLAIN"), "no store of a latent reasoner"),
     "another store": (("latent", "aggregate", "PLAIN"), "no store of a latent reasoner"),
 }
 
@@ -148,6 +173,8 @@ def test_what_cannot_be_done_is_one_clear_line(
     if "PLAIN" in arguments:
         with probe.load("demo-llama", device="cpu") as model:
             probe.capture(model, ["abcabc"], tmp_path / "plain.zarr", progress=False)
+    (tmp_path / "plain.txt").write_text("hi\n")
+    (tmp_path / "bad.json").write_text('[{"gsm8k_id": "a", "question": 5, "answer": "3"}]')
     places = {"STORE": stores["codi"], "a=STORE": f"a={stores['codi']}"}
     places["PLAIN"] = tmp_path / "plain.zarr"
     code, _, err = command(*(places.get(str(x), x) for x in arguments))
@@ -155,3 +182,33 @@ def test_what_cannot_be_done_is_one_clear_line(
     assert message in err
     assert "Traceback" not in err
     assert len([line for line in err.splitlines() if "error" in line.lower()]) == 1
+    assert not (tmp_path / "study" / "stores").exists()
+
+
+def test_a_knockout_is_drawn_with_its_own_model_alone(
+    command: Any, stores: dict[str, Path], tmp_path: Path
+) -> None:
+    with probe.latent.load("demo-codi", device="cpu") as reasoner:
+        rows = probe.demos.chains(4)
+        latent.knockout(reasoner, rows, tmp_path / "k.zarr", max_new_tokens=2, progress=False)
+    options = ("--knockout", tmp_path / "k.zarr", "--draws", 50, "-o", tmp_path / "f")
+    code, out, _ = command("latent", "figures", stores["codi"], *options)
+    assert code == 0
+    assert "knockout.png" in out
+    code, _, err = command("latent", "figures", stores["coconut"], *options)
+    assert code == 1
+    assert "is of demo-codi, and the stores of demo-coconut" in err
+
+
+@pytest.mark.filterwarnings("always:5 of 9 problems are left out")
+def test_stores_of_different_lists_are_compared_over_what_both_have(
+    command: Any, stores: dict[str, Path], tmp_path: Path
+) -> None:
+    with probe.latent.load("demo-coconut", device="cpu") as reasoner:
+        rows = [*probe.demos.chains(4), {"id": "x", "question": "1+1+1+1+m=", "answer": "6"}]
+        probe.latent.capture(reasoner, rows, tmp_path / "b.zarr", max_new_tokens=3, progress=False)
+    pairs = [f"a={stores['codi']}", f"b={tmp_path / 'b.zarr'}"]
+    code, out, err = command("latent", "compare", *pairs, "--draws", 50)
+    assert code == 0
+    assert "5 of 9 problems are left out" in err
+    assert "4 problems" in out

@@ -83,7 +83,7 @@ def test_questions_that_spoil_a_study_are_refused(rows: list[dict[str, str]], me
 
 
 def test_token_ids_ask_nothing() -> None:
-    with pytest.raises(InputError, match=r"problem 'list_0' asks nothing\. Remove it"):
+    with pytest.raises(InputError, match=r"problem 'list_0' asks nothing: it has no text"):
         latent_data.sample([[1, 2, 3]], n=None)
 
 

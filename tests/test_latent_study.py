@@ -216,12 +216,12 @@ def test_all_questions_have_checkpoints(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "data/attention_dataset_full_list.json").exists()
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", "comparison"])
+@pytest.mark.parametrize("name", ["", "..", "a/b", "comparison", "codi_knockout"])
 def test_names_that_are_no_folders_are_refused_before_anything_runs(
     name: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="cannot be the name of a folder"):
-        latent_study.run({name: "demo-codi"}, "demo:chains", tmp_path / "out")
+        latent_study.run({"codi": "demo-codi", name: "demo-codi"}, "demo:chains", tmp_path / "out")
     with pytest.raises(InputError, match="needs 2 questions"):
         latent_study.run(MODELS, "demo:chains", tmp_path / "out", FEW._replace(n=1))
     with pytest.raises(InputError, match="a study of no model"):
