@@ -267,9 +267,11 @@ def _item(
         )
     model.text.check(ids, what=f"problem {problem.id!r}")
     if model.context is not None and len(ids) + len(script.later) > model.context:
+        more = len(script.later) - max_new_tokens
+        thinking = f" and {more} between them" if more else ""
         raise InputError(
-            f"problem {problem.id!r} has {len(ids)} tokens, and with {max_new_tokens=} it would "
-            f"pass the context of {model.name}, {model.context}. Take fewer."
+            f"problem {problem.id!r} has {len(ids)} tokens, and with {max_new_tokens=}{thinking} "
+            f"it would pass the context of {model.name}, {model.context}. Take fewer."
         )
     chosen = _selected(model, problem, ids, (*segments, *script.later), queries, keys)
     return Item(problem, ids, segments, *chosen)

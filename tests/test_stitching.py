@@ -144,7 +144,7 @@ def test_a_stopped_capture_goes_on(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, r"max_new_tokens=0\. An answer has at least 1 token"),
-        ({"max_new_tokens": 99}, r"would pass the context"),
+        ({"max_new_tokens": 99}, r"max_new_tokens=99 and 5 between them it would pass the context"),
         ({"queries": "segment:thought"}, r"has no segment 'thought'"),
     ],
 )
