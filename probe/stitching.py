@@ -123,7 +123,9 @@ def _arrays(
     if not any(pads):  # what is behind an answer is seen by nobody before it
         tape.real = torch.ones_like(tape.real)
     out = [_space(todo, item) for item in items]
-    heads = list(todo.heads)
+    parts = [_parts(item).to(embeds.device) for item in items]
+    every = list(range(reasoner.model.n_heads))
+    heads = None if list(todo.heads) == every else list(todo.heads)  # all at once is faster
 
     def visit(layer: int, attention: AttentionEnvoy) -> None:
         place, seen = todo.layers.index(layer), attention.seen
@@ -134,16 +136,17 @@ def _arrays(
         if "scores" in todo.sites:
             found["scores"] = seen.scores(queries=rows, heads=heads)
         z = attention.z[:, rows] if "z" in todo.sites else None
-        for n, (item, pad, arrays) in enumerate(zip(items, pads, out, strict=True)):
+        each = zip(items, pads, parts, out, strict=True)
+        for n, (item, pad, part, arrays) in enumerate(each):
             own = [q + pad - first for q in item.queries]
             weights = _columns(found["pattern"][n][:, own], pad - lost, item.length, 0.0)
-            arrays["mass"][place] = _masses(weights, item).cpu()
+            arrays["mass"][place] = torch.einsum("hqk,qkp->hqp", weights, part.to(weights))
             for site in todo.matrices:
                 empty = 0.0 if site == "pattern" else -torch.inf
                 cells = _columns(found[site][n][:, own], pad - lost, item.length, empty)
                 arrays[site][place] = cells[..., list(item.keys)]
             if z is not None:
-                arrays["z"][place] = z[n, own][:, heads]
+                arrays["z"][place] = z[n, own][:, list(todo.heads)]
 
     inputs = tape.inputs(embeds) | {"logits_to_keep": 1, "use_cache": start > 0}
     run(reasoner.model.tap, visit, inputs, layers=tuple(sorted(todo.layers)), proof=proof)
@@ -200,15 +203,13 @@ def _columns(rows: Tensor, start: int, length: int, empty: float) -> Tensor:
     return functional.pad(own, (length - own.shape[-1] - later, later), value=empty)
 
 
-def _masses(weights: Tensor, item: Item) -> Tensor:
-    """(head, row, part) of (head, row, key) weights, summed in float32."""
+def _parts(item: Item) -> Tensor:
+    """(row, key, part) float32: 1 for the part that a key is to a row."""
     known = {name: n for n, name in enumerate(PARTS)}
-    part = torch.tensor([known[segment] for segment in item.segments], device=weights.device)
+    part = torch.tensor([known[segment] for segment in item.segments])
     parts = part.expand(len(item.queries), -1).clone()  # (row, key)
     parts[range(len(item.queries)), list(item.queries)] = known["self"]
-    each = functional.one_hot(parts, len(PARTS)).float()
-    summed: Tensor = torch.einsum("hqk,qkp->hqp", weights, each)
-    return summed
+    return functional.one_hot(parts, len(PARTS)).float()
 
 
 def steps(
