@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
-
 from probe import demos
 from probe.errors import InputError
 
@@ -173,10 +171,10 @@ def _stored(ds: Any) -> Iterator[Problem]:
                 f"the store holds only some columns of problem {name!r}, so its tokens are not all "
                 "known. Capture with keys=None, or give the problems themselves."
             )
-        later = np.isin(columns["segment"][n, :length], _LATER)
-        ids = columns["token_id"][n, :length][~later]
+        own = zip(columns["token_id"][n, :length], columns["segment"][n, :length], strict=True)
+        ids = tuple(int(token) for token, segment in own if segment not in _LATER)
         fields = {"answer": str(ds["expected"].values[n])} if "expected" in ds else {}
-        yield Problem(name, None, tuple(map(int, ids)), fields)
+        yield Problem(name, None, ids, fields)
 
 
 def _is_path(text: str | Path) -> bool:
