@@ -116,6 +116,7 @@ def _kappas(ax: Axes, findings: xr.Dataset, threshold: float) -> Any:
             ax.vlines(x[~found], lower[~found], upper[~found], color=PALE, linewidth=width)
             ax.vlines(x[found], lower[found], upper[found], color=BLUE, linewidth=max(width, 1.5))
             ax.plot(x, m, "." if len(m) <= 40 else "-", color=INK, linewidth=0.8, markersize=4)
+            ax.plot(x[found], m[found], ".", color=BLUE, markersize=6)  # intervals may be narrow
             counts[j] = int(found.sum())
         else:
             style: dict[str, Any] = {"color": MUTED, "ha": "center", "va": "center"}
