@@ -10,6 +10,7 @@ from probe.schema import DONE
 from recipes.latent_blocks import latents
 
 READERS = ("eot", "answer")
+AT_ONCE = 64  # problems whose masses are held in memory
 TABLE = ("problem", "latent", "rank", "token", "position", "attention")
 
 
@@ -84,13 +85,16 @@ def masses(ds: xr.Dataset) -> xr.DataArray:
     names = ds["query_segment"].transpose("problem", "query").values
     rows = [f"z{k}" for k in range(n)] + [name for name in READERS if (names == name).any()]
     out = np.full((ds.sizes["problem"], len(rows), ds.sizes["part"]), np.nan, "float32")
-    for i in np.flatnonzero(ds["status"].values == DONE):
-        mass = ds["mass"].isel(problem=i).mean(("layer", "head")).transpose("query", "part").values
-        own = np.flatnonzero(names[i] == "latent")
-        out[i, : len(own)] = mass[own]
-        for k, name in enumerate(rows[n:], n):
-            if (names[i] == name).any():
-                out[i, k] = mass[names[i] == name].mean(0)
+    for start in range(0, len(names), AT_ONCE):
+        some = ds["mass"].isel(problem=slice(start, start + AT_ONCE))
+        means = some.mean(("layer", "head")).transpose("problem", "query", "part").values
+        for i, mass in enumerate(means, start):
+            own = np.flatnonzero(names[i] == "latent")
+            out[i, : len(own)] = mass[own]
+            for k, name in enumerate(rows[n:], n):
+                if (names[i] == name).any():
+                    out[i, k] = mass[names[i] == name].mean(0)
+    out[ds["status"].values != DONE] = np.nan
     coords = {"problem": ds["problem"].values, "row": rows, "part": ds["part"].values}
     return xr.DataArray(out, coords, ("problem", "row", "part"), name="masses")
 
