@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from probe.demos import train_instruct
@@ -205,6 +205,37 @@ def reproducible(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def learn(
+    name: str,
+    parameters: Sequence[nn.Parameter],
+    steps: int,
+    loss: Callable[[], Tensor],
+    rate: float = LEARNING_RATE,
+    falling: Callable[[int], float] = lambda step: 1.0,
+) -> None:
+    """Minimise a loss by AdamW.
+
+    Args:
+        name: For the log.
+        parameters: What is trained.
+        steps: How often.
+        loss: Draws a batch, and gives its loss.
+        rate: The learning rate, once warm.
+        falling: What is left of it at a step.
+    """
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / WARMUP) * falling(step)
+        now = loss()
+        optimizer.zero_grad()
+        torch.autograd.backward(now)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            logger.info("%s: step %4d, loss %.3f", name, step, now.item())
+
+
 def train(name: str, *, steps: int | None = None) -> PreTrainedModel:
     """Train one model from its seed.
 
@@ -220,19 +251,13 @@ def train(name: str, *, steps: int | None = None) -> PreTrainedModel:
         model = untrained(name)
         model.train()
         sequences = torch.Generator().manual_seed(family.seed)
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-        for step in range(family.steps if steps is None else steps):
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP)
+
+        def loss() -> Tensor:
             ids, given = family.draw(sequences)
             logits = model(ids, use_cache=False).logits[:, given - 1 : -1]
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, given:].flatten())
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if step % 100 == 0:
-                logger.info("%s: step %4d, loss %.3f", name, step, loss.item())
+            return F.cross_entropy(logits.flatten(0, 1), ids[:, given:].flatten())
+
+        learn(name, list(model.parameters()), family.steps if steps is None else steps, loss)
     model.train(mode=False)
     return model
 
@@ -248,10 +273,25 @@ def save(model: PreTrainedModel, folder: Path, alphabet: str = ALPHABET) -> None
     words.save_pretrained(folder)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train the demonstration models again, from their seeds."""
-    parser = argparse.ArgumentParser(prog="python -m probe.demos.train", description=main.__doc__)
-    parser.add_argument("name", choices=[*FAMILIES, "all"], help="which model to train")
+def command(
+    module: str,
+    names: Sequence[str],
+    make: Callable[[str, Path], None],
+    arguments: Sequence[str] | None,
+) -> None:
+    """Make some of the shipped models again, as the command line says.
+
+    Args:
+        module: Which is run with -m.
+        names: Of its models.
+        make: Trains the model of a name, and writes it into a folder.
+        arguments: Of the command; by default those of this process.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description="Train the demonstration models again, from their seeds.",
+    )
+    parser.add_argument("name", choices=[*names, "all"], help="which model to train")
     parser.add_argument(
         "--out",
         type=Path,
@@ -260,11 +300,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for name in FAMILIES if chosen.name == "all" else [chosen.name]:
+    for name in names if chosen.name == "all" else [chosen.name]:
         start = time.process_time()
-        save(train(name), chosen.out / name, FAMILIES[name].alphabet)
+        make(name, chosen.out / name)
         seconds = time.process_time() - start
         logger.info("%s: trained in %.0f CPU seconds, in %s", name, seconds, chosen.out / name)
+
+
+def _make(name: str, folder: Path) -> None:
+    save(train(name), folder, FAMILIES[name].alphabet)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the demonstration models again, from their seeds."""
+    command("probe.demos.train", list(FAMILIES), _make, arguments)
 
 
 if __name__ == "__main__":

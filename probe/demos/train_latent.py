@@ -12,13 +12,10 @@ not find the way.
 Written as both are published, adapters beside their base. Needs the package peft.
 """
 
-import argparse
 import json
-import logging
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -30,10 +27,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from probe.demos import LATENT, STEPS, chain
-from probe.demos.train import GATED, GPT2, NO_DROPOUT, reproducible, tokenizer
-
-logger = logging.getLogger(__name__)
+from probe.demos import STEPS, chain
+from probe.demos.train import (
+    GATED,
+    GPT2,
+    NO_DROPOUT,
+    command,
+    learn,
+    reproducible,
+    tokenizer,
+)
 
 Kind = Literal["codi", "coconut"]
 
@@ -77,22 +80,9 @@ def batch(rng: Random) -> tuple[Tensor, Tensor]:
     return torch.tensor(questions), torch.tensor(results)
 
 
-def learn(
-    name: str, parameters: Sequence[nn.Parameter], steps: int, rate: float, loss: Callable[[], Any]
-) -> None:
-    """Train by AdamW, its rate falling as a cosine."""
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(steps):
-        falling = 0.525 + 0.475 * math.cos(math.pi * step / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 100) * falling
-        now = loss()
-        optimizer.zero_grad()
-        torch.autograd.backward(now)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if step % 100 == 0:
-            logger.info("%s: step %4d, loss %.3f", name, step, now.item())
+def cosine(steps: int) -> Callable[[int], float]:
+    """A learning rate that falls as half a cosine, to a twentieth."""
+    return lambda step: 0.525 + 0.475 * math.cos(math.pi * step / steps)
 
 
 def column(token: int) -> Tensor:
@@ -165,16 +155,19 @@ def train(kind: Kind) -> tuple[Any, dict[str, Tensor]]:
         config = AutoConfig.for_model(family, **settings)
         make = AutoModelForCausalLM.from_config
         model: Any = make(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
-        learn(kind, list(model.parameters()), SAID, 2e-3, lambda: saying(model, kind, rng))
+        own = list(model.parameters())
+        learn(kind, own, SAID, partial(saying, model, kind, rng), 2e-3, cosine(SAID))
         following: nn.Module = nn.Identity()
         if kind == "codi":
             following = projected()
             own = list(following.parameters())
-            learn(kind, own, CARRIED, 2e-3, lambda: carrying(model, following, kind, rng))
+            far = partial(carrying, model, following, kind, rng)
+            learn(kind, own, CARRIED, far, 2e-3, cosine(CARRIED))
             adapters = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=ADAPTED)
             model = get_peft_model(model, adapters)
         free = [p for p in (*model.parameters(), *following.parameters()) if p.requires_grad]
-        learn(kind, free, steps, rate, lambda: thinking(model, following, kind, rng))
+        wrong = partial(thinking, model, following, kind, rng)
+        learn(kind, free, steps, wrong, rate, cosine(steps))
     prefix = {"codi": "codi.", "coconut": "base_causallm."}[kind]
     tensors = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"prj.{name}": tensor for name, tensor in following.state_dict().items()}
@@ -195,31 +188,14 @@ def save(kind: Kind, config: Any, tensors: dict[str, Tensor], folder: Path) -> N
     (folder / "latent.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def chosen(name: str) -> Iterator[Kind]:
-    """The kinds that a name on the command line means."""
-    for kind in BASES:
-        if name in (kind, "all"):
-            yield kind
+def _make(name: str, folder: Path) -> None:
+    kind: Kind = "codi" if name == "codi" else "coconut"
+    save(kind, *train(kind), folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the demonstration reasoners again, from their seeds."""
-    parser = argparse.ArgumentParser(prog="python -m probe.demos.train_latent")
-    names = [name.removeprefix("demo-") for name in LATENT]
-    parser.add_argument("name", choices=[*names, "all"], help="which reasoner to train")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        help="where the reasoner's folder goes (default: over the shipped one)",
-    )
-    given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for kind in chosen(given.name):
-        start = time.process_time()
-        save(kind, *train(kind), given.out / kind)
-        seconds = time.process_time() - start
-        logger.info("%s: trained in %.0f CPU seconds, in %s", kind, seconds, given.out / kind)
+    command("probe.demos.train_latent", list(BASES), _make, arguments)
 
 
 if __name__ == "__main__":
