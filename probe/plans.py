@@ -84,6 +84,10 @@ class Plan:
     batches: tuple[tuple[int, ...], ...] = field(repr=False)
     seconds: float
 
+    def some_heads(self, n_heads: int) -> tuple[int, ...] | None:
+        """Its heads; None where they are all that there are, which are read at once."""
+        return None if self.heads == tuple(range(n_heads)) else self.heads
+
     @property
     def tokens(self) -> int:
         """Tokens that the model reads, padding not counted."""

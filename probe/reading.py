@@ -50,8 +50,7 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
     lengths = torch.tensor([item.length for item in items])
     groups = list(_alike(items))
     out = [_space(todo, alike) for _, alike in groups]
-    all_heads = tuple(range(model.tap.shape(todo.layers).heads))
-    heads = None if todo.heads == all_heads else todo.heads
+    heads = todo.some_heads(model.tap.shape(todo.layers).heads)
 
     def visit(layer: int, attention: AttentionEnvoy) -> None:
         seen = attention.seen

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from probe.answers import correct, expected, value
 from probe.envoys import AttentionEnvoy
+from probe.indexing import take
 from probe.interventions import Intervention, of_items
 from probe.matrices import Readable
 from probe.planning import continued
@@ -124,8 +125,7 @@ def _arrays(
         tape.real = torch.ones_like(tape.real)
     out = [_space(todo, item) for item in items]
     parts = [_parts(item).to(embeds.device) for item in items]
-    every = list(range(reasoner.model.n_heads))
-    heads = None if list(todo.heads) == every else list(todo.heads)  # all at once is faster
+    heads = todo.some_heads(reasoner.model.tap.shape(todo.layers).heads)
 
     def visit(layer: int, attention: AttentionEnvoy) -> None:
         place, seen = todo.layers.index(layer), attention.seen
@@ -146,7 +146,7 @@ def _arrays(
                 cells = _columns(found[site][n][:, own], pad - lost, item.length, empty)
                 arrays[site][place] = cells[..., list(item.keys)]
             if z is not None:
-                arrays["z"][place] = z[n, own][:, list(todo.heads)]
+                arrays["z"][place] = take(z[n, own], heads, 1)
 
     inputs = tape.inputs(embeds) | {"logits_to_keep": 1, "use_cache": start > 0}
     run(reasoner.model.tap, visit, inputs, layers=tuple(sorted(todo.layers)), proof=proof)
