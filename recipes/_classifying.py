@@ -9,9 +9,8 @@ import xarray as xr
 
 from probe.errors import InputError
 from recipes import stats
+from recipes.latent_findings import FOUND, strongest
 
-FOUND = 0.3  # a score counts where its whole interval lies above
-NEAR = 0.1  # two types so near each other are mixed
 EVEN = 0.95  # of the entropy that even rows have: uniform
 
 
@@ -80,8 +79,6 @@ def _metrics() -> Mapping[str, Callable[[xr.DataArray], Any]]:
 
 
 def _type(names: list[str], mean: Any, low: Any) -> str:
-    strong = low > np.where(np.array(names) == "uniform", EVEN, FOUND)
-    order = [n for n in np.argsort(-np.nan_to_num(mean), kind="stable") if strong[n]]
-    if len(order) > 1 and mean[order[0]] - mean[order[1]] < NEAR:
-        return "mixed"
-    return names[order[0]] if order else "untyped"
+    counts = low > np.where(np.array(names) == "uniform", EVEN, FOUND)
+    strong = [(float(mean[n]), names[n]) for n in np.flatnonzero(counts)]
+    return strongest(strong) or "untyped"

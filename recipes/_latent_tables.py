@@ -7,6 +7,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from recipes import stats
+from recipes.ranking import rank
+
 Models = Mapping[str, tuple[xr.Dataset, xr.Dataset]]
 
 HEADS = ("layer", "head")
@@ -82,16 +85,14 @@ def hubs(findings: xr.Dataset, name: str = "mean") -> xr.DataArray:
 def best_heads(name: str, scores: xr.Dataset, top: int) -> list[tuple[int, int]]:
     """The (layer, head) of the highest composite, best first; equals in their order."""
     x = composite(name, scores)
-    known = int(x.notnull().sum())
-    if top < 1 or not known:
+    ranked = rank(x, top=None)
+    if top < 1 or not ranked:
         raise ValueError(
-            f"{name} ranks heads by their composite: top={top}, and {known} of {x.size} heads have "
-            "one. Give a top of 1 or more; beyond chance, a composite takes 4 latents or more"
+            f"{name} ranks heads by their composite: top={top}, and {len(ranked)} of {x.size} "
+            "heads have one. Give a top of 1 or more; beyond chance, a composite takes 4 latents "
+            "or more"
         )
-    order = np.argsort(-x.values, axis=None, kind="stable")[: min(top, known)]
-    layers, heads = (x[dim].values.tolist() for dim in HEADS)
-    places = zip(*np.unravel_index(order, x.shape), strict=True)
-    return [(layers[row], heads[column]) for row, column in places]
+    return [(row.layer, row.head) for row in ranked[:top]]
 
 
 def composite(name: str, scores: xr.Dataset) -> xr.DataArray:
@@ -120,8 +121,7 @@ def head_name(layer: int, head: int, kind: str = "") -> str:
 
 def interval(one: xr.Dataset) -> str:
     """A mean and its interval."""
-    mean, low, high = (one[name].item() for name in ("mean", "low", "high"))
-    return f"{mean:z.2f} [{low:z.2f}, {high:z.2f}]"
+    return stats.told(one["mean"], one["low"], one["high"], "z.2f")
 
 
 def require_head(name: str, table: xr.Dataset, layer: int, head: int) -> None:

@@ -32,6 +32,7 @@ from recipes._cli import (
     selector,
     table,
 )
+from recipes._files import writing
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -260,10 +261,8 @@ def _check_all(as_json: bool, markdown: Path | None) -> None:
 
     rows = list(tqdm(architectures.table(), total=len(MODEL_TYPES), unit="model", leave=False))
     if markdown is not None:
-        try:
+        with writing(markdown):
             markdown.write_text(architectures.markdown(rows), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{markdown} cannot be written: {error}.") from error
     if as_json:
         typer.echo(json.dumps([architectures.as_json(row) for row in rows], indent=2))
     else:

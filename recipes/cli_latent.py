@@ -17,6 +17,7 @@ from recipes._cli import (
     quiet,
     table,
 )
+from recipes._files import write
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -194,7 +195,7 @@ def aggregate(store: Store, as_json: Annotated[bool, typer.Option("--json")] = F
     """Average over problems: where latents look, the document's scores, its criteria and noise."""
     from recipes import latent_analysis, latent_export, latent_report
 
-    found = latent_analysis.analyse(probe.open(store), draws=1)
+    found = latent_analysis.analyse(probe.open(store))
     if as_json:
         typer.echo(json.dumps(latent_export.statistics(found), indent=2))
         return
@@ -240,7 +241,8 @@ def compare(
     tree = recipe.compare(opened, draws=draws, seed=seed)
     typer.echo(recipe.summary(tree))
     if out is not None:
-        _write(out, json.dumps(recipe.as_json(tree), indent=2) + "\n")
+        write(out, json.dumps(recipe.as_json(tree), indent=2) + "\n")
+        typer.echo(out)
 
 
 @app.command()
@@ -316,12 +318,3 @@ def _tell(section: "Section") -> None:
     if section.rows:
         table(section.columns, section.rows)
     typer.echo()
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}.") from error
-    typer.echo(path)

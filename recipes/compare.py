@@ -20,9 +20,11 @@ from typing import Any
 import xarray as xr
 
 from probe.errors import InputError
+from recipes import stats
 from recipes._comparing import FOUND, by_depth, means, of_models, paired
 from recipes._comparing_problems import shared
 from recipes._comparing_scores import Metrics, Options, scored
+from recipes._files import plain
 from recipes._metric import PROBLEM
 
 CAUTION = (
@@ -192,7 +194,7 @@ def _of_model(one: xr.Dataset) -> str:
 
 
 def _interval(one: xr.Dataset, name: str) -> str:
-    return f"{one[name].item():.3f} [{one['low'].item():.3f}, {one['high'].item():.3f}]"
+    return stats.told(one[name], one["low"], one["high"], ".3f")
 
 
 def _hubs_of(one: xr.Dataset) -> str:
@@ -282,11 +284,4 @@ def _critical(one: xr.Dataset) -> dict[str, Any]:
 
 
 def _values(one: xr.Dataset, *names: str) -> dict[str, Any]:
-    return {name: _plain(one[name].values.tolist()) for name in names}
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: None for what is no finite number, and whole numbers as such."""
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {name: plain(one[name].values) for name in names}

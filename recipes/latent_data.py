@@ -12,6 +12,7 @@ import probe
 from probe.answers import expected
 from probe.errors import InputError
 from probe.problems import Problem, Problems
+from recipes import _files
 
 ID = "gsm8k_id"
 
@@ -92,11 +93,7 @@ def write(problems: Problems, path: Path) -> None:
         }
         for problem in problems
     ]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}.") from error
+    _files.write(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> Problems:

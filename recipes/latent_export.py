@@ -1,20 +1,16 @@
 """Document 002's files of one model: arrays, statistics, rankings, failures, checkpoints."""
 
-import csv
 import json
-import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from probe.errors import InputError
 from probe.schema import DONE, FAILED
 from recipes import latent
+from recipes._files import plain, write, writing
 from recipes.latent_analysis import Analysis
-from recipes.latent_criteria import Criterion
 
 CHECKPOINT = 1000  # problems from one checkpoint to the next, as in the document
 
@@ -57,18 +53,14 @@ def export(found: Analysis, folder: Path, *, checkpoints: bool = False) -> list[
     Raises:
         InputError: Something cannot be written.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         files = list(_arrays(found, folder, checkpoints))
         files += [_table(found.published, score, folder / name) for name, score in _RANKED.items()]
         files.append(_calibrated(found.findings, folder / "calibrated_heads.csv"))
         for name, data in _documents(found).items():
             files.append(folder / name)
-            files[-1].write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error}. Free space, or use another.") from (
-            error
-        )
+            write(files[-1], json.dumps(data, indent=2) + "\n")
     return files
 
 
@@ -96,42 +88,32 @@ def _arrays(found: Analysis, folder: Path, checkpoints: bool) -> Any:
 
 def _table(published: xr.Dataset, score: str, path: Path) -> Path:
     """Heads by one of the document's scores, best first; those without a number last."""
-    rows = []
-    for layer in published["layer"].values.tolist():
-        for head in published["head"].values.tolist():
-            one = published.sel(layer=layer, head=head)
-            rows.append(
-                {"layer": layer, "head": head} | {c: one[n].item() for c, n in _COLUMNS.items()}
-            )
-    column = next(c for c, n in _COLUMNS.items() if n == score)
-    rows.sort(key=lambda row: math.inf if math.isnan(row[column]) else -row[column])
-    return _write_csv(path, [{"rank": n + 1, **row} for n, row in enumerate(rows)])
+    table = published[list(_COLUMNS.values())].rename({n: c for c, n in _COLUMNS.items()})
+    by = next(c for c, n in _COLUMNS.items() if n == score)
+    heads = _by_head(table)[list(_COLUMNS)].sort_values(by, ascending=False, kind="stable")
+    heads = heads.reset_index()
+    heads.insert(0, "rank", range(1, 1 + len(heads)))
+    return _write_csv(path, heads)
 
 
 def _calibrated(findings: xr.Dataset, path: Path) -> Path:
     """Every head and calibrated score, with intervals, ranks, the hub's p and the type."""
-    rows = []
-    for layer in findings["layer"].values.tolist():
-        for head in findings["head"].values.tolist():
-            one = findings.sel(layer=layer, head=head)
-            row = {"layer": layer, "head": head, "type": str(one["type"].item())}
-            row |= {
-                name: one[name].item()
-                for name in ("found", "hub_position", "p_hub", "p_hub_family")
-            }
-            for score in findings["score"].values.tolist():
-                for name in _ESTIMATES:
-                    row[f"{score}_{name}"] = one[name].sel(score=score).item()
-            rows.append(row)
-    rows.sort(key=lambda row: row["composite_rank"])
-    return _write_csv(path, rows)
+    parts = [_by_head(findings[["type", "found", "hub_position", "p_hub", "p_hub_family"]])]
+    for score in findings["score"].values.tolist():
+        one = findings[list(_ESTIMATES)].sel(score=score, drop=True)
+        parts.append(_by_head(one).add_prefix(f"{score}_"))
+    heads = parts[0].join(parts[1:])
+    return _write_csv(path, heads.sort_values("composite_rank", kind="stable").reset_index())
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def _by_head(table: xr.Dataset) -> Any:
+    """A data frame with a row for each layer and head, in their order."""
+    wide = table.map(lambda x: x.astype("float64") if x.dtype.kind == "f" else x)
+    return wide.to_dataframe(dim_order=["layer", "head"])
+
+
+def _write_csv(path: Path, rows: Any) -> Path:
+    rows.to_csv(path, index=False, na_rep="nan", lineterminator="\r\n")
     return path
 
 
@@ -147,7 +129,7 @@ def statistics(found: Analysis) -> dict[str, Any]:
         "mean_attention": float(mean.mean()),
         "max_attention": float(mean.max()),
         "mean_std": float(std.mean()),
-        "block_mass_per_row": _plain(mean.sum("key").mean(("layer", "head")).values),
+        "block_mass_per_row": plain(mean.sum("key").mean(("layer", "head")).values),
         "mass": {
             str(part): float(value)
             for part, value in zip(
@@ -159,7 +141,7 @@ def statistics(found: Analysis) -> dict[str, Any]:
         "hub_scores_max": float(published["hub"].max()),
         "notes": "Rows of the block do not sum to 1: each latent also attends to the question.",
     }
-    return dict(_plain(stats))
+    return dict(plain(stats))
 
 
 def _documents(found: Analysis) -> dict[str, object]:
@@ -176,9 +158,9 @@ def _documents(found: Analysis) -> dict[str, object]:
         "calibrated_types": _counts(found.findings["type"]),
         "calibrated_findings": int(found.findings["found"].sum()),
         "hub_positions": _counts(published["hub_position"]),
-        "criteria": [_criterion(one) for one in found.criteria],
-        "criteria_of_noise": [_criterion(one) for one in found.noise[0]],
-        "calibrated_findings_of_noise": int(found.noise[1]["found"].sum()),
+        "criteria": [one._asdict() for one in found.criteria],
+        "criteria_of_noise": [one._asdict() for one in found.noise.criteria],
+        "calibrated_findings_of_noise": int(found.noise.findings["found"].sum()),
         "artefact": {
             "reading": "as published: the step of bot counted as latent 0, columns one ahead",
             "flow_min": float(found.shifted["flow"].min()),
@@ -188,7 +170,7 @@ def _documents(found: Analysis) -> dict[str, object]:
     }
     return {
         "attention_stats.json": statistics(found),
-        "attention_summary.json": _plain(summary),
+        "attention_summary.json": plain(summary),
         "failed_problems.json": [
             {"id": str(name), "error": str(reason)}
             for name, reason in zip(failed["problem"].values, failed["error"].values, strict=True)
@@ -217,18 +199,3 @@ def _top(found: Analysis, n: int = 10) -> list[dict[str, Any]]:
 def _counts(names: xr.DataArray) -> dict[str, int]:
     values, counts = np.unique(names.values.astype(str), return_counts=True)
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
-
-
-def _criterion(one: Criterion) -> dict[str, Any]:
-    return one._asdict()
-
-
-def _plain(value: Any) -> Any:
-    """As JSON data: NaN becomes null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(x) for key, x in value.items()}
-    if isinstance(value, np.ndarray | list | tuple):
-        return [_plain(x) for x in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

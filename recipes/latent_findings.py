@@ -1,7 +1,7 @@
 """Which heads stand out beyond chance: bootstrapped scores, ranks, and types."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from scipy import stats
 
 from probe.errors import InputError
 from recipes.latent_scores import HEADS, SHARES
+from recipes.ranking import rank
 
 WEIGHTS = {"sequential": 0.4, "hub": 0.4, "long_range": 0.2}  # of the composite
 FOUND = 0.3  # a calibrated score counts where its whole interval lies above
@@ -114,8 +115,8 @@ def best(findings: xr.Dataset, score: str = "composite", top: int = 10) -> list[
     known = findings["score"].values.tolist()
     if score not in known:
         raise InputError(f"score={score!r}: there is none. Choose from {', '.join(known)}.")
-    ranks = findings["rank"].sel(score=score, drop=True).stack(cell=HEADS).dropna("cell")
-    return [(int(layer), int(head)) for layer, head in ranks.sortby(ranks)["cell"].values[:top]]
+    ranked = rank(findings["mean"].sel(score=score, drop=True), top=top)
+    return [(row.layer, row.head) for row in ranked]
 
 
 def _tables(scores: xr.Dataset) -> dict[str, NDArray[np.float32]]:
@@ -232,9 +233,12 @@ def kind(scores: Mapping[str, Estimate]) -> str:
             strong.append((mean, label))
         if name not in SHARES and not math.isnan(mean):
             chance.append(low > -NEAR and high < NEAR)
-    strong.sort(reverse=True)
-    if len(strong) > 1 and strong[0][0] - strong[1][0] < NEAR:
+    return strongest(strong) or ("uniform" if chance and all(chance) else "untyped")
+
+
+def strongest(strong: Sequence[tuple[float, str]]) -> str:
+    """The type of the highest score of those that count; "mixed" with another near; "" for none."""
+    order = sorted(strong, reverse=True)
+    if len(order) > 1 and order[0][0] - order[1][0] < NEAR:
         return "mixed"
-    if strong:
-        return strong[0][1]
-    return "uniform" if chance and all(chance) else "untyped"
+    return order[0][1] if order else ""

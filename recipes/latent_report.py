@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import xarray as xr
 
-from recipes import flow, latent
+from recipes import _latent_tables, flow, latent
 from recipes.latent_analysis import Analysis
 from recipes.latent_criteria import Criterion
 from recipes.summaries import interval
@@ -61,7 +61,7 @@ def _sections(one: "Studied") -> Iterator[Section]:
     yield masses(found)
     yield published(found)
     yield criteria(found)
-    yield findings(found.findings, noise=found.noise[1])
+    yield findings(found.findings, noise=found.noise.findings)
     if bool((ds["query_segment"] == "eot").any()):
         yield readout(ds)
     if one.knockout is not None:
@@ -132,7 +132,7 @@ def criteria(found: Analysis) -> Section:
     )
     rows = [
         [str(one.phase), one.name, _verdict(one), _verdict(other)]
-        for one, other in zip(found.criteria, found.noise[0], strict=True)
+        for one, other in zip(found.criteria, found.noise.criteria, strict=True)
     ]
     columns = ["phase", "criterion", "this model", "noise"]
     return Section("Document 002's criteria, and noise beside", text, columns, rows)
@@ -162,16 +162,11 @@ def findings(
         one = table.sel(layer=layer, head=head)
         position, kind = int(one["hub_position"]), str(one["type"].item())
         share = float(one["p_top"].sel(score=score))
-        scores = [_interval(one.sel(score=name)) for name in shown]
+        scores = [_latent_tables.interval(one.sel(score=name)) for name in shown]
         hub = "-" if position < 0 else f"z{position}"
         rows.append([f"L{layer}H{head}", kind, *scores, hub, f"{share:.2f}"])
     columns = ["head", "type", *shown, "hub at", f"P(rank <= {table.attrs['top']})"]
     return Section("Calibrated", text + ".", columns, rows)
-
-
-def _interval(one: xr.Dataset) -> str:
-    mean, low, high = (float(one[name]) for name in ("mean", "low", "high"))
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def readout(ds: xr.Dataset) -> Section:

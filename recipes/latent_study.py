@@ -22,6 +22,7 @@ from probe.latent import ROWS
 from probe.problems import Problem, Problems
 from probe.schema import DONE
 from recipes import compare, latent, latent_data
+from recipes._files import write, writing
 from recipes.latent_analysis import Analysis, analyse
 from recipes.latent_export import export
 from recipes.latent_report import report
@@ -112,7 +113,7 @@ def run(
     latent_data.write(chosen, data)
     tell(f"{len(chosen)} questions: {data}")
     if len(models) > 1:  # what cannot be loaded shows before hours are spent on another
-        for source in models.values():
+        for source in list(models.values())[1:]:
             probe.latent.load(source).close()
     found = {}
     for name, source in models.items():
@@ -125,7 +126,7 @@ def run(
     if len(found) > 1:
         draw(compared(analyses), out / "figures" / "comparison", settings.dpi)
     path = out / "report.md"
-    path.write_text(report(found), encoding="utf-8")
+    write(path, report(found))
     tell(f"report: {path}")
     return found
 
@@ -230,25 +231,19 @@ def draw(figures: Iterator[tuple[str, "Figure"]], folder: Path, dpi: int = 160) 
         InputError: They cannot be written.
     """
     written = []
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures:
             written.append(folder / f"{name}.png")
             figure.savefig(written[-1], dpi=dpi)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error}. Free space, or use another.") from (
-            error
-        )
     return written
 
 
 def _compare(found: Mapping[str, Analysis], out: Path, settings: Settings, tell: Tell) -> None:
     stores = {name: one.store for name, one in found.items()}
     tree = compare.compare(stores, draws=settings.draws, seed=settings.seed)
-    folder = out / "results" / "comparison"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{'_vs_'.join(found)}_comparison.json"
-    path.write_text(json.dumps(compare.as_json(tree), indent=2) + "\n", encoding="utf-8")
+    path = out / "results" / "comparison" / f"{'_vs_'.join(found)}_comparison.json"
+    write(path, json.dumps(compare.as_json(tree), indent=2) + "\n")
     tell(compare.summary(tree))
     tell(f"comparison: {path}")
 

@@ -72,7 +72,7 @@ def log(project: str, found: Mapping[str, "Studied"], out: Path) -> None:
                 "n_critical_heads": int((published["composite"] > 0.7).sum()),
                 "hub_position": int(published["hub_position"].values.flat[best]),
                 "calibrated_findings": int(analysis.findings["found"].sum()),
-                "calibrated_findings_of_noise": int(analysis.noise[1]["found"].sum()),
+                "calibrated_findings_of_noise": int(analysis.noise.findings["found"].sum()),
             }
         )
         for picture in sorted((out / "figures" / name).glob("*.png")):

@@ -28,6 +28,16 @@ TIE = 1e-12  # of a squared cosine: closer than this is equal, whatever the orde
 NUMBERS = 2**22  # held at once in any one array of draws: 32 MB
 
 
+def told(mean: Any, low: Any, high: Any, form: str = ".4f") -> str:
+    """A number with its interval, in words.
+
+    Example:
+        >>> told(1.0, 0.25, 1.75, ".2f")
+        '1.00 [0.25, 1.75]'
+    """
+    return f"{float(mean):{form}} [{float(low):{form}}, {float(high):{form}}]"
+
+
 def bootstrap(
     x: xr.DataArray,
     *,

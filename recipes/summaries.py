@@ -91,4 +91,4 @@ def interval(x: xr.DataArray, form: str = ".4f") -> str:
     if known.sizes["problem"] < 2:
         return f"{float(known.mean()):{form}}" if known.size else "-"
     found = stats.bootstrap(known)
-    return f"{float(found['mean']):{form}} [{float(found.low):{form}}, {float(found.high):{form}}]"
+    return stats.told(found["mean"], found["low"], found["high"], form)

@@ -143,8 +143,8 @@ def test_the_report_names_the_artefact_and_what_noise_passes(
         analysis = one.analysis
         np.testing.assert_allclose(analysis.shifted["flow"], 1.0, atol=1e-6)
         assert float(analysis.shifted["composite"].max()) <= 0.6 + 1e-6
-        assert not analysis.noise[1]["found"].any()
-        assert [c.name for c in analysis.criteria] == [c.name for c in analysis.noise[0]]
+        assert not analysis.noise.findings["found"].any()
+        assert [c.name for c in analysis.criteria] == [c.name for c in analysis.noise.criteria]
     assert text.count("flow is 1.000 to 1.000 for every head") == 2
     assert text.count("This is an artefact of the reading") == 2
     assert text.count("of noise, 0 do") == 2
