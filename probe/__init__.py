@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from probe.plans import Plan
     from probe.schema import valid
     from probe.store import open
+    from probe.verifying import verify
+    from probe.views import shards, trimmed
 
 __version__ = "0.1.0"
 
@@ -39,7 +41,10 @@ _HOME = {
     "load": "loading",
     "open": "store",
     "plan": "planning",
+    "shards": "views",
+    "trimmed": "views",
     "valid": "schema",
+    "verify": "verifying",
 }
 
 __all__ = [
@@ -64,7 +69,10 @@ __all__ = [
     "open",
     "plan",
     "problems",
+    "shards",
+    "trimmed",
     "valid",
+    "verify",
 ]
 
 

@@ -60,7 +60,11 @@ def make_arrays(
     """Make every array of the schema, all empty."""
 
     def make(
-        name: str, spec: schema.Array, chunk: Sequence[int], shard: tuple[int, ...] | None = None
+        name: str,
+        spec: schema.Array,
+        chunk: Sequence[int],
+        shard: tuple[int, ...] | None = None,
+        level: int = 1,
     ) -> None:
         group.create_array(
             name,
@@ -69,12 +73,12 @@ def make_arrays(
             chunks=tuple(chunk),
             shards=shard,
             fill_value=spec.fill,
-            compressors=ZstdCodec(level=1),
+            compressors=ZstdCodec(level=level, checksum=True),  # a flipped byte is an error
             dimension_names=spec.dims,
         )
 
     for name, spec in arrays.items():
-        make(name, spec, layout.chunks[name], layout.shards[name])
+        make(name, spec, layout.chunks[name], layout.shards[name], layout.level)
     for name, spec in schema.COLUMNS.items():
         if name == "problem":  # read at every opening, never rewritten: one chunk
             make(name, spec, [sizes["problem"]])

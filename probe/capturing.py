@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
+from zarr.abc.store import Store
 
 from probe import store as stores
 from probe.interventions import Intervention
@@ -20,7 +22,7 @@ from probe.selection import Selector
 def capture(
     model: Model,
     problems: object,
-    store: str | Path,
+    store: str | Path | Store,
     *,
     sites: Sequence[Site] | Site = ("pattern",),
     layers: Selector = None,
@@ -35,6 +37,8 @@ def capture(
     on_error: OnError = "record",
     overwrite: bool = False,
     progress: bool = True,
+    part: tuple[int, int] = (1, 1),
+    fsync: bool = False,
 ) -> xr.Dataset:
     """Run problems through a model and store what its attention does.
 
@@ -46,7 +50,7 @@ def capture(
     Args:
         model: From `probe.load`; it runs in eval mode.
         problems: Anything that `probe.problems` reads.
-        store: Folder of the store.
+        store: Folder of the store; or a zarr store object, in memory or in a bucket.
         sites: Of "pattern" (probabilities), "scores" (before the softmax), and "z" (each head's
             output before the output projection).
         layers: int, negative int, slice or list; default all.
@@ -66,6 +70,10 @@ def capture(
             (status 2) and go on, or "raise". A new run whose first problems all fail raises.
         overwrite: Replace a store that is there.
         progress: Show a progress bar on stderr.
+        part: (i, n): run the i-th of n parts of the problems, as n processes on one store do at
+            once, each with its own i. Each is resumed by itself.
+        fsync: Force each shard to the disk before its status, so that what is done outlives the
+            machine, and not only the process. Without it, all is forced when the run ends.
 
     Returns:
         The store, opened: see `probe.open`.
@@ -80,7 +88,7 @@ def capture(
         >>> ds.pattern.sel(problem="0", layer=1, head=3).shape
         (6, 10)
     """
-    require(store, on_error)
+    require(store, on_error, part)
     todo = plan(
         model,
         problems,
@@ -102,13 +110,23 @@ def capture(
         size=todo.stored,
         create=partial(_create, model, todo),
         compute=partial(read, model, todo),
+        puts=True,
     )
-    return run(model, work, store, on_error=on_error, overwrite=overwrite, progress=progress)
+    return run(
+        model,
+        work,
+        store,
+        on_error=on_error,
+        overwrite=overwrite,
+        progress=progress,
+        part=part,
+        fsync=fsync,
+    )
 
 
-def _create(model: Model, todo: Plan, path: Path, overwrite: bool) -> stores.Writer:
+def _create(model: Model, todo: Plan, where: object, **options: Any) -> stores.Writer:
     return stores.create(
-        path,
+        where,
         labels=[item.labels(model) for item in todo.items],
         layers=todo.layers,
         heads=todo.heads,
@@ -117,5 +135,5 @@ def _create(model: Model, todo: Plan, path: Path, overwrite: bool) -> stores.Wri
         sizes=todo.sizes | {"head_dim": todo.z_width},
         dtype=todo.dtype,
         attrs=todo.attrs,
-        overwrite=overwrite,
+        **options,
     )

@@ -7,8 +7,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from probe.errors import StoreError
@@ -49,10 +48,19 @@ def move_into_place(folder: Path, path: Path, *, replace: bool) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def sweep(path: Path) -> None:
-    """Remove what dead processes left: half-written files here, unfinished folders beside."""
+def sweep(path: Path, mine: Callable[[str, int], bool] | None = None) -> None:
+    """Remove what dead processes left: half-written files here, unfinished folders beside.
+
+    Args:
+        path: Of the store.
+        mine: Where others write as well, whether the file of an array that begins with this number
+            is ours; all are, if it is not given.
+    """
     for file in path.rglob("*.partial"):
-        file.unlink(missing_ok=True)
+        name, *_, chunk = [*file.relative_to(path).parts[:3], ""][:3]
+        number = chunk.split(".")[0]
+        if mine is None or (number.isdigit() and mine(name, int(number))):
+            file.unlink(missing_ok=True)
     path = path.absolute()
     pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{32}\.(creating|replaced)")
     for folder in path.parent.iterdir():
@@ -63,33 +71,68 @@ def sweep(path: Path) -> None:
                 release()
 
 
-def lock(folder: Path, path: Path) -> Callable[[], None]:
-    """Keep other writers out until the returned function is called, or this process dies."""
+def lock(folder: Path, path: Path, blocks: Sequence[int] | None = None) -> Callable[[], None]:
+    """Keep other writers out until the returned function is called, or this process dies.
+
+    Args:
+        folder: What is locked.
+        path: What to call it.
+        blocks: Of the problems that are written, where others may write the rest.
+
+    Raises:
+        StoreError: Another writer has it, or one of these blocks.
+    """
     if sys.platform == "win32":
         return lambda: None
-    handle = os.open(folder, os.O_RDONLY)
+    stack = contextlib.ExitStack()
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(folder, stack, fcntl.LOCK_EX if blocks is None else fcntl.LOCK_SH)
+        if blocks is not None:
+            for block in blocks:
+                file = folder / "status" / "locks" / str(block)
+                file.parent.mkdir(exist_ok=True)
+                file.touch()
+                _flock(file, stack, fcntl.LOCK_EX)
     except BlockingIOError:
-        os.close(handle)
+        stack.close()
         raise StoreError(
             f"{path} is being written by another process. Wait for it, or use another path."
+            if blocks is None
+            else f"{path} is being written by another process that fills some of these problems. "
+            "Wait for it, or give each process a part of its own: 1/4, 2/4, 3/4, 4/4."
         ) from None
+    return stack.close
+
+
+def tidy(folder: Path) -> None:
+    """Remove the locks of parts, once all of them are done, unless somebody is still here."""
+    with contextlib.suppress(StoreError):
+        release = lock(folder, folder)
+        shutil.rmtree(folder / "status" / "locks", ignore_errors=True)
+        release()
+
+
+def _flock(file: Path, stack: contextlib.ExitStack, kind: int) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    stack.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
     except OSError:  # a file system without locks
         pass
-    return partial(os.close, handle)
 
 
 @contextlib.contextmanager
 def explained(
-    path: Path, *, need: Callable[[], int] | None = None, intact: str = ""
+    what: object, *, need: Callable[[], int] | None = None, intact: Callable[[], str] = str
 ) -> Iterator[None]:
     """Turn what the disk says into a StoreError that says what to do.
 
     Args:
-        path: What was written to.
+        what: What was written to: a path, or what is called otherwise.
         need: Counts the bytes that are still to be written.
-        intact: What the failure left unharmed.
+        intact: Says what the failure left unharmed.
     """
     try:
         yield
@@ -98,13 +141,13 @@ def explained(
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise StoreError(
-                f"cannot write to {path} ({error.strerror}){intact}. "
+                f"cannot write to {what} ({error.strerror or error}){intact()}. "
                 "Remove the cause and run the same call again."
             ) from error
-        more = f"needs up to {size(need())}, " if need else ""
-        parent = next(folder for folder in path.absolute().parents if folder.exists())
-        free = size(shutil.disk_usage(parent).free)
+        facts = [f"needs up to {size(need())}"] if need else []
+        parent = next((f for f in Path(str(what)).absolute().parents if f.exists()), Path())
+        facts.append(f"{size(shutil.disk_usage(parent).free)} free")
         raise StoreError(
-            f"no room left on the disk for {path} ({more}{free} free){intact}. "
+            f"no room left on the disk for {what} ({', '.join(facts)}){intact()}. "
             "Free space and run the same call again."
         ) from error

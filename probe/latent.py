@@ -300,9 +300,9 @@ def capture(
     )
 
 
-def _create(reasoner: Reasoner, todo: Plan, path: Path, overwrite: bool) -> stores.Writer:
+def _create(reasoner: Reasoner, todo: Plan, where: object, **options: Any) -> stores.Writer:
     return stores.create(
-        path,
+        where,
         labels=[labels(reasoner, item) for item in todo.items],
         layers=todo.layers,
         heads=todo.heads,
@@ -314,7 +314,7 @@ def _create(reasoner: Reasoner, todo: Plan, path: Path, overwrite: bool) -> stor
         dtype=todo.dtype,
         loss=False,
         attrs={**todo.attrs, "latent": todo.config["latent"]},
-        overwrite=overwrite,
+        **options,
     )
 
 

@@ -67,6 +67,7 @@ def plan(
         >>> print(probe.plan(model, "train.jsonl", queries="last:6"))
         2 problems, 17 tokens (longest 10), 1 batches
         pattern: 2 layers x 4 heads x up to 6 rows, float16: 96 rows, ... expected on disk)
+        files of 2 problem x 2 layer x 4 head x 6 query x 10 key, in tiles of ...
         at least ... s of model time on this machine
     """
     if not isinstance(model, Model):

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from probe import schema
 from probe.attention import Site as MatrixSite
 from probe.disk import size as readable
 from probe.interventions import Intervention
 from probe.model import Model
 from probe.problems import Problem
-from probe.schema import TINY_CELLS, Labels, Site
+from probe.schema import TINY_CELLS, Labels, Layout, Site
 from probe.selection import Selector
 
 
@@ -129,7 +130,18 @@ class Plan:
         share = 0.65 if tiny else 0.4
         return int(self.bytes * (share if self.dtype == "float16" else min(1.0, 1.2 * share)))
 
+    @property
+    def layout(self) -> Layout:
+        """How the store will be cut into files."""
+        own = {"problem": len(self.items), "layer": len(self.layers), "head": len(self.heads)}
+        sites: Mapping[str, schema.Array] = {
+            site: schema.site(site, dtype=self.dtype) for site in self.sites
+        }
+        return schema.layout(sites, sizes=self.sizes | own | {"head_dim": self.z_width})
+
     def __str__(self) -> str:
+        layout, first = self.layout, self.sites[0]
+        dims = schema.SITES[first][0]
         widest = max(len(item.queries) for item in self.items)
         longest = max(item.length for item in self.items)
         return (
@@ -138,5 +150,6 @@ class Plan:
             f"{' + '.join(self.sites)}: {len(self.layers)} layers x {len(self.heads)} heads x "
             f"up to {widest} rows, {self.dtype}: {self.rows} rows, {readable(self.bytes)} "
             f"({readable(self.stored)} expected on disk)\n"
+            f"files of {schema.cuts(dims, layout.chunks[first], layout.shards[first])}\n"
             f"at least {self.seconds:.1f} s of model time on this machine"
         )

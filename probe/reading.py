@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,21 +19,24 @@ from probe.matrices import Readable
 from probe.model import Model
 from probe.planning import continued
 from probe.plans import Item, Plan
-from probe.running import Reading
+from probe.running import Into, Reading
 from probe.tap import run
 
 
-def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list[Reading]:
-    """One forward over some problems of a plan; nothing is written.
+def read(
+    model: Model, todo: Plan, batch: Sequence[int], *, proof: bool, into: Into
+) -> list[Reading]:
+    """One forward over some problems of a plan; each layer is put away as it is read.
 
     Args:
         model: The model, in eval mode, without gradients.
         todo: The plan.
         batch: Indices of its problems.
         proof: Whether to prove each layer: see `probe.proof`.
+        into: Where the arrays go.
 
     Returns:
-        What was read, one for each problem.
+        The loss of each problem.
 
     Raises:
         WiringError: The proof failed.
@@ -49,21 +51,27 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
         items = [continued(model, todo, *pair) for pair in zip(items, new, strict=True)]
     lengths = torch.tensor([item.length for item in items])
     groups = list(_alike(items))
-    out = [_space(todo, alike) for _, alike in groups]
+    for n, item in enumerate(items):
+        into.begin(n, item.labels(model) if todo.max_new_tokens else None)
     heads = todo.some_heads(model.tap.shape(todo.layers).heads)
+    dtype = getattr(torch, todo.dtype)
 
     def visit(layer: int, attention: AttentionEnvoy) -> None:
         seen = attention.seen
         place = todo.layers.index(layer)
-        for (which, alike), arrays in zip(groups, out, strict=True):
-            first = alike[0]
-            part = seen.cut(which, first.length)
+        for which, alike in groups:
+            part = seen.cut(which, alike[0].length)
             for site in todo.matrices:
-                _fill(part, site, arrays[site][:, place], first, heads)
+                shape = (len(todo.heads), len(alike[0].queries), len(alike[0].keys))
+                out = torch.empty(len(alike), *shape, dtype=dtype)
+                _fill(part, site, out, alike[0], heads)
+                into.put(range(which.start, which.stop), site, out.numpy(), place)
         if "z" in todo.sites:
             z = attention.z
-            for (which, alike), arrays in zip(groups, out, strict=True):
-                arrays["z"][:, place] = take(take(z[which], alike[0].queries, 1), heads, 2)
+            for which, alike in groups:
+                rows = take(take(z[which], alike[0].queries, 1), heads, 2)
+                rows = rows.to("cpu", dtype, copy=True)  # the model goes on with its own
+                into.put(range(which.start, which.stop), "z", rows.numpy(), place)
 
     with model.tap.watch.on(*ones, prompt=prompts, length=lengths):
         layers = tuple(sorted(todo.layers))
@@ -71,14 +79,7 @@ def read(model: Model, todo: Plan, batch: Sequence[int], *, proof: bool) -> list
     logits = logits_of(output)
     if todo.max_new_tokens and len(items) > 1:
         _require_greedy(logits, items, prompts.tolist())
-    losses = _losses(logits, items, prompts.tolist())
-    arrays: list[dict[str, npt.NDArray[Any]]] = [
-        {name: array[n].numpy() for name, array in group.items()}
-        for group, (_, alike) in zip(out, groups, strict=True)
-        for n in range(len(alike))
-    ]
-    labels = [item.labels(model) if todo.max_new_tokens else None for item in items]
-    return [Reading(*one) for one in zip(arrays, losses, labels, strict=True)]
+    return [Reading({}, loss) for loss in _losses(logits, items, prompts.tolist())]
 
 
 def generated(
@@ -156,17 +157,6 @@ def _stop_tokens(model: Model) -> frozenset[int]:
     config = getattr(model.base, "generation_config", None) or model.config
     stop = getattr(config, "eos_token_id", None)
     return frozenset([stop] if isinstance(stop, int) else stop or ())
-
-
-def _space(todo: Plan, alike: Sequence[Item]) -> dict[str, Tensor]:
-    """Arrays for problems with the same length, rows and columns, uninitialised."""
-    rows, columns = len(alike[0].queries), len(alike[0].keys)
-    n = (len(alike), len(todo.layers))
-    shapes: dict[str, tuple[int, ...]] = {s: (len(todo.heads), rows, columns) for s in todo.sites}
-    if "z" in shapes:
-        shapes["z"] = (rows, len(todo.heads), todo.z_width)
-    dtype = getattr(torch, todo.dtype)
-    return {name: torch.empty(*n, *shape, dtype=dtype) for name, shape in shapes.items()}
 
 
 def _alike(items: Sequence[Item]) -> Iterator[tuple[slice, list[Item]]]:

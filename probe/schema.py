@@ -14,6 +14,7 @@ import xarray as xr
 from probe.errors import InputError
 
 SCHEMA: Final = "probe/1"
+SCHEMAS: Final = (SCHEMA,)  # those that are read
 
 EMPTY: Final = 0
 DONE: Final = 1
@@ -27,8 +28,11 @@ TINY_PROBLEMS: Final = 512  # tiny problems in a shard, at most
 TINY_BYTES: Final = 64 * 2**20  # and at most so many raw bytes
 SHARD_BYTES: Final = 2 * 2**30  # raw bytes of any shard, at most
 TILE: Final = 256  # rows and columns of an inner chunk of a full matrix
+TINY_LEVEL: Final = 1  # of zstd: tiny matrices hold no empty tiles, so what is small counts
+LEVEL: Final = -3  # a sixth more bytes than level 1, and as much faster on two cores
 HEADS: Final = 8  # heads in an inner chunk, at most
 BLOCKS: Final = 64  # chunks of a label array, about: few enough to open in milliseconds
+LABELS: Final = 2**16  # and labels in one of them, about: few enough to write again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +130,14 @@ class Layout:
         block: Problems in a chunk of every label array; a multiple of `problems`.
         chunks: Shape of the inner chunks of each array: what a read decodes.
         shards: Shape of the shards of each array: one file each.
+        level: Of zstd, for the inner chunks.
     """
 
     problems: int
     block: int
     chunks: Mapping[str, tuple[int, ...]]
     shards: Mapping[str, tuple[int, ...]]
+    level: int
 
 
 def site(name: str, *, dtype: str) -> Array:
@@ -156,9 +162,7 @@ def site(name: str, *, dtype: str) -> Array:
     return Array(dims, dtype, fill)
 
 
-def layout(
-    arrays: Mapping[str, Array], *, sizes: Mapping[str, int], together: int | None = None
-) -> Layout:
+def layout(arrays: Mapping[str, Array], *, sizes: Mapping[str, int], parts: int = 1) -> Layout:
     """Chunk and shard shapes for arrays over these dims.
 
     Tiny matrices (query x key of at most 4096 numbers) share a shard, up to 512 problems or 64 MiB;
@@ -168,8 +172,7 @@ def layout(
     Args:
         arrays: The arrays that a run writes, by name; the first dim of each is "problem".
         sizes: Length of each dim.
-        together: Tiny problems in a shard at most, where each takes long to compute: what a killed
-            run may have to compute again.
+        parts: How many processes write it: each gets shards and chunks of its own.
 
     Returns:
         Shapes that zarr accepts: each shard a multiple of its chunk, perhaps past the array's end.
@@ -187,12 +190,25 @@ def layout(
         if {"query", "key"} <= set(array.dims)
     )
     each = sum(prod(sizes[d] for d in a.dims[1:]) * _itemsize(a) for a in arrays.values())
-    most = min(together or TINY_PROBLEMS, n, max(1, TINY_BYTES // max(1, each)))
+    most = min(TINY_PROBLEMS, ceil(n / parts), max(1, TINY_BYTES // max(1, each)))
     problems = most if tiny else 1
     chunks = {name: _chunk(array, sizes, problems, tiny) for name, array in arrays.items()}
     shards = {name: _shard(array, sizes, chunks[name]) for name, array in arrays.items()}
-    block = problems * ceil(max(BLOCKS, n / BLOCKS) / problems)
-    return Layout(problems, block, chunks, shards)
+    block = max(BLOCKS, n / BLOCKS, LABELS // sizes["key"])
+    block = problems * ceil((block if parts == 1 else min(block, n / parts)) / problems)
+    return Layout(problems, block, chunks, shards, TINY_LEVEL if tiny else LEVEL)
+
+
+def cuts(dims: Sequence[object], chunk: Sequence[int], shard: Sequence[int]) -> str:
+    """How an array is cut, in words.
+
+    Example:
+        >>> cuts(("problem", "head", "key"), (1, 8, 256), (1, 32, 512))
+        '1 problem x 32 head x 512 key, in tiles of 8 head x 256 key'
+    """
+    whole = " x ".join(f"{n} {dim}" for n, dim in zip(shard, dims, strict=True))
+    tile = " x ".join(f"{n} {dim}" for n, dim in zip(chunk, dims, strict=True) if n > 1)
+    return f"{whole}, in tiles of {tile or '1 number'}"
 
 
 def valid(ds: xr.Dataset) -> xr.DataArray:

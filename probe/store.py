@@ -1,76 +1,48 @@
-"""Stores on disk: open, create, resume. `probe.schema` says what is in them.
+"""Stores: open, create, resume. `probe.schema` says what is in them.
 
-A store is whole from its first moment (arrays and labels appear by one rename) and is filled by a
-`Writer`, shard by shard.
+A store is whole from its first moment (in a folder, arrays and labels appear by one rename) and is
+filled by a `Writer`, shard by shard.
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import xarray as xr
 import zarr
+from zarr.abc.store import Store
+from zarr.storage import MemoryStore
 
 from probe import disk, schema
 from probe.arrays import add_coordinate, lengths, make_arrays, write_labels
-from probe.errors import InputError, StoreError
-from probe.schema import EMPTY, Labels
+from probe.errors import StoreError
+from probe.ledger import owned
+from probe.opening import open
+from probe.places import Folder, Objects, Place, place
+from probe.schema import Labels
+from probe.stories import attributes, differences, own_attributes, plain, story
+from probe.verifying import verify
 from probe.writer import Writer
 
-__all__ = ["Writer", "create", "open", "own_attributes", "resume", "vacant"]
+__all__ = ["Writer", "create", "open", "own_attributes", "resume", "vacant", "verify"]
 
 
-def open(path: str | Path) -> xr.Dataset:
-    """Open a store for reading; nothing is loaded but labels.
-
-    Args:
-        path: Folder of the store.
-
-    Returns:
-        The captured arrays, lazy, with their labels as coordinates (names, dims and dtypes: see
-        `probe.schema`). Problems that have not run are left out, so a store that is still being
-        written shows only what is finished; failed ones have status 2, their reason in `error`,
-        and matrices as empty as if nothing were attended.
-
-    Raises:
-        StoreError: There is no store, it is not ours, it is of a newer version, or it is damaged.
-
-    Example:
-        >>> ds = probe.open("run.zarr")
-        >>> ds.pattern.sel(problem="0", layer=1, head=3).shape
-        (10, 10)
-    """
-    path = Path(path).expanduser()
-    attrs = _attributes(path)
-    _require_arrays(path, attrs)
-    ds: xr.Dataset = xr.open_zarr(path, consolidated=False, chunks=None)
-    run = np.flatnonzero(ds["status"].values != EMPTY)
-    if len(run) == ds.sizes["problem"]:
-        return ds
-    if len(run) and run[-1] == len(run) - 1:  # the first ones: a slice reads faster than a list
-        return ds.isel(problem=slice(len(run)))
-    return ds.isel(problem=run)
-
-
-def vacant(path: str | Path) -> bool:
+def vacant(path: object) -> bool:
     """Whether nothing is here that a new store would replace: no such path, or an empty folder.
 
     Example:
         >>> vacant("run.zarr"), vacant("nowhere.zarr")
         (False, True)
     """
-    path = Path(path).expanduser()
-    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    return place(path).vacant()
 
 
 def create(
-    path: str | Path,
+    path: object,
     *,
     labels: Sequence[Labels],
     layers: Sequence[int],
@@ -78,20 +50,22 @@ def create(
     config: Mapping[str, object],
     sites: Sequence[str] = ("pattern",),
     reduced: Mapping[str, Sequence[str] | schema.Array] | None = None,
-    together: int | None = None,
     sizes: Mapping[str, int] | None = None,
     coords: Mapping[str, Sequence[float] | Sequence[str]] | None = None,
     dtype: str = "float16",
     loss: bool = True,
     attrs: Mapping[str, object] | None = None,
     overwrite: bool = False,
+    fsync: bool = False,
+    part: tuple[int, int] = (1, 1),
+    hidden: bool = False,
 ) -> Writer:
     """Make a new store with all its labels and no results yet.
 
     It is built beside `path` and renamed into place: the store is whole or it is not there.
 
     Args:
-        path: Folder to make; its parents are made too.
+        path: Folder to make; its parents are made too. Or a zarr store object that is empty.
         labels: One per problem, in the order of the store. The rows and columns of the store are
             as many as the longest problem has.
         layers: Layers that will be written, absolute, from 0.
@@ -100,7 +74,6 @@ def create(
         sites: Any of "pattern", "scores", "z".
         reduced: Further arrays by name: the dims of one, "problem" first (float32, empty is NaN),
             or a `schema.Array`.
-        together: See `schema.layout`.
         sizes: Lengths of dims other than problem, layer and head, as `head_dim` for z. query and
             key may be longer than any problem is now, for tokens that are generated later.
         coords: Labels of dims that `sizes` has, by dim: numbers (float64) or texts.
@@ -109,6 +82,11 @@ def create(
         attrs: More to record. `versions` is merged with those of numpy, xarray and zarr;
             `causal: False` says that rows also look at later columns.
         overwrite: Replace a store that is there. Anything else is never replaced.
+        fsync: Force each shard to the disk before its status; otherwise all is when the writer is
+            closed. A process may die at any moment without it, a machine may not.
+        part: (i, n): fill the i-th of n parts (from 1); n processes write the others.
+        hidden: Give a folder its name only when the writer's `publish` is called; closed before,
+            it leaves nothing.
 
     Returns:
         A writer that holds the store until it is closed.
@@ -125,197 +103,171 @@ def create(
         >>> float(probe.open("new.zarr").pattern.sum())
         1.0
     """
-    path = Path(path).expanduser()
+    where = place(path)
     arrays = {name: schema.site(name, dtype=dtype) for name in sites}
     for name, one in (reduced or {}).items():
         if not isinstance(one, schema.Array):
             one = schema.Array(tuple(one), "float32", np.nan)
         arrays[name] = one
     extent = lengths(labels, layers, heads, sizes or {}, arrays)
-    layout = schema.layout(arrays, sizes=extent, together=together)
-    story = _story(config, attrs or {}, arrays, layout, loss)
-    target = disk.beside(path, "creating")
-    claim = _claimed(path, overwrite)
-    with claim as replace, disk.explained(path), contextlib.ExitStack() as undo:
-        undo.callback(shutil.rmtree, target, ignore_errors=True)
-        target.mkdir(parents=True)
-        release = disk.lock(target, path)  # it goes with the folder when that is renamed
-        undo.callback(release)
-        group = zarr.create_group(target, zarr_format=3, attributes=story)
+    layout = schema.layout(arrays, sizes=extent, parts=part[1])
+    about = story(config, attrs or {}, arrays, layout, loss)
+
+    def build(target: Path | Store) -> None:
+        group = zarr.create_group(target, zarr_format=3, attributes=about)
         make_arrays(group, arrays, layout, extent, loss=loss)
         write_labels(group, labels, layers, heads, block=layout.block)
         for dim, values in (coords or {}).items():
             add_coordinate(group, dim, values)
-        disk.move_into_place(target, path, replace=replace)
+
+    blocks = owned(len(labels), layout.block, part)
+    options: dict[str, Any] = {"part": part, "fsync": fsync}
+    if isinstance(where, Objects):
+        return _create_objects(where, build, blocks, options, overwrite=overwrite)
+    some = None if part[1] == 1 else blocks
+    return _create_folder(where, build, some, options, overwrite=overwrite, hidden=hidden)
+
+
+def _create_folder(
+    where: Folder,
+    build: Callable[[Path], None],
+    blocks: range | None,
+    options: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    hidden: bool,
+) -> Writer:
+    """Build beside the path; the writer renames it into place, or this does."""
+    path, target = where.path, Folder(disk.beside(where.path, "creating"))
+    _require_free(where, overwrite)
+    with disk.explained(path), contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, target.path, ignore_errors=True)
+        target.path.mkdir(parents=True)
+        # locks go with the folder when that is renamed
+        release = disk.lock(target.path, path, None if blocks is None else ())
+        undo.callback(release)
+        build(target.path)
+        if blocks is not None:
+            release()
+            release = disk.lock(target.path, path, blocks)
+        undo.callback(release)
+
+        def publish() -> None:
+            with disk.explained(path), _claimed(where, overwrite) as replace:
+                disk.move_into_place(target.path, path, replace=replace)
+            target.path = path
+            disk.sweep(path, None if blocks is None else lambda name, n: False)
+
+        discard = partial(shutil.rmtree, target.path, ignore_errors=True)
+        writer = Writer(target, release, publish=publish, discard=discard, **options)
         undo.pop_all()
-    disk.sweep(path)
-    return Writer(path, release)
+    try:
+        if not hidden:
+            writer.publish()
+    except BaseException:
+        writer.close()
+        raise
+    return writer
 
 
-def resume(path: str | Path, *, config: Mapping[str, object]) -> Writer:
+def _create_objects(
+    where: Objects,
+    build: Callable[[Store], None],
+    blocks: range,
+    options: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> Writer:
+    """Build in memory, and copy: what says that there is a store comes last."""
+    _require_free(where, overwrite)
+    made = Objects(MemoryStore())
+    build(made.store)
+    if overwrite:
+        where.remove("")
+    release = where.lock(blocks)
+    for key in sorted(made.keys(), key=lambda key: key == "zarr.json"):
+        where.set(key, made.read(key) or b"")
+    return Writer(where, release, **options)
+
+
+def resume(
+    path: object,
+    *,
+    config: Mapping[str, object],
+    fsync: bool = False,
+    part: tuple[int, int] = (1, 1),
+) -> Writer:
     """Open a store to write what it still lacks.
 
     What a killed process left behind (half-written files, unfinished folders beside) is removed.
 
     Args:
-        path: Folder of the store.
+        path: Folder of the store, or a zarr store object.
         config: Must equal, as JSON, what the store was created with.
+        fsync: See `create`.
+        part: (i, n): fill the i-th of n parts (from 1); n processes write the others.
 
     Returns:
-        A writer that holds the store until it is closed.
+        A writer that holds the store, or its part of it, until it is closed.
 
     Raises:
         StoreError: It cannot be opened (as `open`), it was made with another config, or another
             process is writing it.
+        InputError: The store has fewer blocks than there are parts.
 
     Example:
         >>> with resume("run.zarr", config=probe.open("run.zarr").attrs["config"]) as writer:
         ...     writer.pending()
         []
     """
-    path = Path(path).expanduser()
-    attrs = _attributes(path)
-    different = _differences(attrs.get("config"), _plain(config, "config"))
+    where = place(path)
+    attrs = attributes(where)
+    different = differences(attrs.get("config"), plain(config, "config"))
     if different:
         raise StoreError(
-            f"cannot resume {path}, it was made with other settings: {'; '.join(different)}. "
+            f"cannot resume {where}, it was made with other settings: {'; '.join(different)}. "
             "Use the old settings, another store, or overwrite=True."
         )
-    _require_arrays(path, attrs)
-    release = disk.lock(path, path)
-    with disk.explained(path):
-        disk.sweep(path)
-    return Writer(path, release)
+    count = json.loads(where.read("problem/zarr.json") or "")["shape"][0]
+    step, block = attrs["layout"]
+    blocks = owned(count, block, part)
+    if isinstance(where, Objects):
+        release = where.lock(blocks)
+    else:
+        alone = part[1] == 1
+        release = disk.lock(where.path, where.path, None if alone else blocks)
+        steps = dict.fromkeys(schema.COLUMNS, block) | dict.fromkeys(attrs["arrays"], step)
+        with disk.explained(where):
+            disk.sweep(where.path, None if alone else partial(_is_ours, steps, block, blocks))
+    return Writer(where, release, fsync=fsync, part=part)
 
 
-def _attributes(path: Path) -> dict[str, Any]:
-    """The attributes of a store that this version can read."""
-    attrs = own_attributes(path)
-    found = attrs["schema"]
-    if found != schema.SCHEMA:
+def _is_ours(steps: Mapping[str, int], block: int, blocks: range, name: str, n: int) -> bool:
+    """Whether a file of an array that begins with chunk n along problems is in our blocks."""
+    return name in steps and n * steps[name] // block in blocks
+
+
+def _require_free(where: Place, overwrite: bool) -> None:
+    """Refuse to replace anything but a store, and that only if it is asked."""
+    if where.vacant():
+        return
+    own_attributes(where)
+    if not overwrite:
         raise StoreError(
-            f"{path} has schema {found!r}, and this version reads {schema.SCHEMA!r}. "
-            "Upgrade with: pip install --upgrade attn-probe"
+            f"{where} already holds a store. "
+            "Resume it, use another path, or replace it with overwrite=True."
         )
-    return attrs
-
-
-def own_attributes(path: Path) -> dict[str, Any]:
-    """The attributes of a store of any schema; an error for whatever is not ours."""
-    if not path.exists():
-        raise StoreError(
-            f"there is no store at {path}. Check the path, or make one with probe.capture."
-        )
-    if not path.is_dir():
-        raise StoreError(f"{path} is a file, not a store. Use another path.")
-    try:
-        root = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
-        attrs = dict(root.get("attributes", {}))
-    except FileNotFoundError:
-        raise StoreError(
-            f"{path} is a folder that holds no store (no zarr.json). Use another path."
-        ) from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"{path} is damaged: its zarr.json cannot be read ({error}). "
-            "Restore it from a copy, or use another path."
-        ) from error
-    if not str(attrs.get("schema")).startswith("probe/"):
-        raise StoreError(
-            f"{path} is Zarr data of another kind (schema {attrs.get('schema')!r}), not a store. "
-            "Read it with xarray.open_zarr, or use another path."
-        )
-    return attrs
-
-
-def _require_arrays(path: Path, attrs: Mapping[str, Any]) -> None:
-    columns = (name for name in schema.COLUMNS if name != "loss")
-    names = dict.fromkeys((*schema.INDEXES, *columns, *attrs.get("arrays", ())))
-    missing = [name for name in names if not (path / name / "zarr.json").is_file()]
-    if missing:
-        raise StoreError(
-            f"{path} is damaged: it lacks {', '.join(missing)}. "
-            "Restore it from a copy, or make it anew with overwrite=True."
-        )
-
-
-def _story(
-    config: Mapping[str, object],
-    attrs: Mapping[str, object],
-    arrays: Mapping[str, schema.Array],
-    layout: schema.Layout,
-    loss: bool,
-) -> dict[str, Any]:
-    """The attributes of a new store: what it is, how it was made, with what."""
-    made, more = _plain(config, "config"), _plain(attrs, "attrs")
-    versions = {module.__name__: module.__version__ for module in (np, xr, zarr)}
-    return more | {
-        "schema": schema.SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions | more.get("versions", {}),
-        "config": made,
-        "config_sha256": hashlib.sha256(_canonical(made).encode()).hexdigest(),
-        "arrays": [*arrays, "loss"] if loss else list(arrays),
-        "layout": [layout.problems, layout.block],
-        # plain xarray.open_zarr reads from this which arrays are coordinates
-        "coordinates": " ".join(schema.COORDINATES),
-    }
 
 
 @contextlib.contextmanager
-def _claimed(path: Path, overwrite: bool) -> Iterator[bool]:
-    """Hold the store that is to be replaced, if there is one; refuse to replace anything else."""
-    if vacant(path):
+def _claimed(where: Folder, overwrite: bool) -> Iterator[bool]:
+    """Hold the store that is to be replaced, if there is one."""
+    _require_free(where, overwrite)
+    if where.vacant():
         yield False
         return
-    own_attributes(path)
-    if not overwrite:
-        raise StoreError(
-            f"{path} already holds a store. "
-            "Resume it, use another path, or replace it with overwrite=True."
-        )
-    release = disk.lock(path, path)
+    release = disk.lock(where.path, where.path)
     try:
         yield True
     finally:
         release()
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """What differs between two JSON values, as "name old, now new"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*old, *(name for name in new if name not in old)]
-        dot = f"{prefix}." if prefix else ""
-        return [
-            line
-            for name in names
-            for line in _differences(old.get(name, ...), new.get(name, ...), dot + name)
-        ]
-    lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
-    if lists and any(isinstance(value, dict) for value in old):
-        pairs = enumerate(zip(old, new, strict=True))
-        return [line for n, two in pairs for line in _differences(*two, f"{prefix}[{n}]")]
-    if old is not ... and new is not ... and _canonical(old) == _canonical(new):
-        return []
-    return [f"{prefix or 'config'} {_brief(old)}, now {_brief(new)}"]
-
-
-def _brief(value: Any) -> str:
-    if value is ...:
-        return "absent"
-    text = value if isinstance(value, str) and value.isalnum() else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _plain(value: Mapping[str, object], name: str) -> dict[str, Any]:
-    """The value as JSON gives it back: tuples become lists."""
-    try:
-        return cast("dict[str, Any]", json.loads(json.dumps(dict(value))))
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{name} cannot be recorded as JSON ({error}). Give strings, numbers, lists and dicts."
-        ) from error
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -1,65 +1,69 @@
 """Filling a store, shard by shard; `probe.store` makes the writers.
 
-A shard is written as data, then labels, loss and errors, then `status`. Each file is replaced in
-one step, so a process may die at any moment; what `status` calls done stays done.
+Results are encoded by threads while the next are computed. A shard is committed as data, then
+labels, loss and errors, then `status`. Each file is replaced in one step, so a process may die at
+any moment; what `status` calls done stays done.
 """
 
-import math
-import shutil
+import os
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from probe import disk
-from probe.arrays import dims, label_columns, named
-from probe.errors import InputError, StoreError
+from probe.arrays import dims
+from probe.errors import InputError
+from probe.ledger import SHARE, Ledger, Part
+from probe.line import Line
+from probe.places import Folder, Place
 from probe.schema import DONE, FAILED, Labels
+from probe.sharding import Shard, cut, encode, grid
 
+_STREAMED = ("problem", "layer")
+ENCODERS = min(4, os.cpu_count() or 1)
+DEPTH = 16  # jobs, of about 2 MB each, that wait to be encoded and written
+SECONDS = 10.0  # of work that a killed run may lose, about
 
-@dataclass(slots=True)
-class _Shard:
-    """Problems `start` to `stop`, gathered until they can be written as one."""
-
-    start: int
-    stop: int
-    data: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
-    labels: dict[int, Labels] = field(default_factory=dict)
-    arrived: dict[int, tuple[int, float, str]] = field(default_factory=dict)  # status, loss, error
+Array = npt.NDArray[Any]
 
 
 class Writer:
     """Fills one store, shard by shard; made by `create` or `resume`, let go by `with`.
 
-    Problems arrive in any order. A shard is written, whole, when all its missing problems have
-    arrived; closing also writes shards that are not complete yet. What is done is never replaced.
+    Problems arrive in any order. A shard is committed when all its missing problems have arrived;
+    closing also commits those that are not complete, and so does time: every ten seconds. What is
+    done is never replaced. An error of the disk is raised by whatever is called after it.
     """
 
-    def __init__(self, path: Path, release: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        place: Place,
+        release: Callable[[], None],
+        *,
+        part: tuple[int, int] = (1, 1),
+        fsync: bool = False,
+        publish: Callable[[], None] | None = None,
+        discard: Callable[[], None] | None = None,
+    ) -> None:
         self._release = weakref.finalize(self, release)
-        group = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
-        self._arrays = {str(name): named(group, str(name)) for name, _ in group.arrays()}
-        names = cast("list[str]", group.attrs["arrays"])
-        self._data = tuple(name for name in names if name != "loss")
-        self._step, self._block = cast("list[int]", group.attrs["layout"])
-        self._path = path
-        arrays = self._arrays.values()
-        self._sizes = {d: n for a in arrays for d, n in zip(dims(a), a.shape, strict=True)}
-        self._ids = [str(name) for name in self._read("problem")]
-        self._rows = (self._read("query_position") >= 0).sum(axis=1)
-        self._columns = (self._read("key_position") >= 0).sum(axis=1)
-        self._state = {
-            name: self._read(name) for name in ("loss", "error", "status") if name in self._arrays
-        }
-        self._shards: dict[int, _Shard] = {}
+        self._ledger = ledger = Ledger(place, part, durable=fsync)
+        self._place = place
+        self._publish, self._drop_store = publish, discard
+        self._grids = {name: grid(name, ledger.arrays[name]) for name in ledger.data}
+        self._parts: dict[int, Part] = {}
+        self._taken = ledger.status == DONE
+        self._open: set[Shard] = set()
+        self._saved, self._took = time.monotonic(), 0.0
         self._discard()
+        self._line = Line(ENCODERS, DEPTH, ledger.tend)
 
     def __enter__(self) -> Self:
         return self
@@ -67,34 +71,34 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if isinstance(error, StoreError):  # the disk refused once: do not try the rest
-            self._shards.clear()
         self.close()
 
     @property
     def status(self) -> npt.NDArray[np.uint8]:
         """Status of every problem on disk: 0 empty, 1 done, 2 failed. A copy, uint8."""
-        return self._state["status"].copy()
+        self.wait()
+        return self._ledger.status.copy()
 
     def pending(self) -> list[tuple[int, ...]]:
         """Indices of the problems that are not done (failed ones too), one tuple for each shard."""
-        todo = np.flatnonzero(self._state["status"] != DONE).tolist()
-        return [tuple(shard) for _, shard in groupby(todo, lambda i: i // self._step)]
+        self.wait()
+        return self._ledger.pending()
 
     def append(
         self,
         indices: Sequence[int],
-        arrays: Mapping[str, Sequence[npt.NDArray[Any]]],
+        arrays: Mapping[str, Sequence[Array]],
         *,
         loss: Sequence[float] | None = None,
         labels: Sequence[Labels] | None = None,
     ) -> None:
-        """Take results of some problems.
+        """Take all results of some problems.
 
         Args:
             indices: Their places in the store, from 0.
             arrays: For every array of the store, one array per problem, with the dims of the
-                stored one less `problem`, and only the rows and columns that the problem has.
+                stored one less `problem`, and only the rows and columns that the problem has. They
+                must not change afterwards.
             loss: One per problem, nats per token.
             labels: One per problem where they were not known before, as for generated tokens;
                 with no more rows and columns than the store has.
@@ -105,19 +109,99 @@ class Writer:
 
         Example: see `probe.store.create`.
         """
-        if set(arrays) != set(self._data):
+        if set(arrays) != set(self._ledger.data):
             raise InputError(
-                f"{self._path} holds {_names(self._data)}, and {_names(arrays)} came. "
+                f"{self._place} holds {_names(self._ledger.data)}, and {_names(arrays)} came. "
                 "Give every array of the store, and no other."
             )
         for n, index in enumerate(indices):
-            shard = self._shard(index)
-            if labels is not None:
-                self._relabel(shard, index, labels[n])
-            for name in self._data:
-                self._place(shard, index, name, np.asarray(arrays[name][n]))
-            shard.arrived[index] = (DONE, float(loss[n]) if loss is not None else np.nan, "")
-            self._write_if_complete(shard)
+            self.begin(index, None if labels is None else labels[n])
+            for name, values in arrays.items():
+                self.put([index], name, np.asarray(values[n])[None])
+            self.done(index, float(loss[n]) if loss is not None else np.nan)
+
+    def begin(self, index: int, labels: Labels | None = None) -> None:
+        """Forget what was put of a problem before, and say which tokens its rows and columns are.
+
+        Args:
+            index: Its place in the store, from 0.
+            labels: Where they were not known before, as for generated tokens.
+
+        Raises:
+            InputError: There is no such problem, it is done, or it is too long for the store.
+            StoreError: The disk is full, or cannot be written.
+        """
+        part = self._part(index)
+        part.came.pop(index, None)
+        if self._ledger.step == 1:
+            part.blocks.clear()
+            for shard in part.shards.values():
+                self._line.do(partial(self._abandon, shard))
+            part.shards.clear()
+        if labels is not None:
+            self._relabel(part, index, labels)
+
+    def put(
+        self, indices: Sequence[int], name: str, values: Array, layer: int | None = None
+    ) -> None:
+        """Take one array of some problems with the same rows and columns, or one layer of it.
+
+        Args:
+            indices: Their places in the store.
+            name: Of the array.
+            values: Its dims, `problem` first, with only the rows and columns that they have, and
+                without `layer` if one is given. They must not change afterwards.
+            layer: Which one, counted from 0 among those of the store.
+
+        Raises:
+            InputError: Something does not fit the store.
+            StoreError: The disk is full, or cannot be written.
+        """
+        axes = dims(self._ledger.arrays[name])
+        first, layers = 0, self._ledger.sizes["layer"]
+        if layer is not None:
+            first, layers = layer, 1
+            values = np.expand_dims(values, axes.index("layer"))
+        for _, some in groupby(enumerate(indices), lambda pair: pair[1] // self._ledger.step):
+            where, which = zip(*some, strict=True)
+            own = values[where[0] : where[-1] + 1]
+            for index in which:
+                part = self._part(index)
+                self._require_fit(index, name, own, first, layers)
+                came = part.came.setdefault(index, {})
+                came[name] = came.get(name, 0) + layers
+            corner = [first if dim == "layer" else 0 for dim in axes[1:]]
+            if self._streams(name):
+                self._send(part, name, [part.start, *corner], own)
+                continue
+            pairs = zip(corner, own.shape[1:], strict=True)
+            extent: Any = [slice(at, at + n) for at, n in pairs]
+            rows = np.array(which) - part.start
+            with np.errstate(over="ignore"):
+                self._block(part, name)[(rows, *extent)] = own
+
+    def done(self, index: int, loss: float = np.nan) -> None:
+        """Say that all of a problem has been put.
+
+        Args:
+            index: Its place in the store, from 0.
+            loss: Nats per token.
+
+        Raises:
+            InputError: Something has not.
+            StoreError: The disk is full, or cannot be written.
+        """
+        part = self._part(index)
+        for name in self._ledger.data:
+            came, n = part.came.get(index, {}).get(name, 0), self._ledger.sizes["layer"]
+            if came != n:
+                raise InputError(
+                    f"{name} of problem {self._ledger.ids[index]!r} has {came} of {n} layers. "
+                    "Put each once before it is done."
+                )
+        part.arrived[index] = (DONE, loss, "")
+        self._taken[index] = True
+        self._commit_if_due(part)
 
     def fail(self, index: int, reason: str) -> None:
         """Record that a problem could not be computed; `resume` offers it again.
@@ -130,176 +214,198 @@ class Writer:
             InputError: There is no such problem, or it is done.
             StoreError: The disk is full, or cannot be written.
         """
-        shard = self._shard(index)
-        if self._step == 1:
-            shard.data.clear()
-        else:  # what a dead process may have left in this shard must not be taken for a result
-            for name in self._data:
-                array = self._arrays[name]
-                block = self._block_of(shard, name, array.shape[1:])
-                block[index - shard.start] = array.fill_value
-        shard.arrived[index] = (FAILED, np.nan, reason)
-        self._write_if_complete(shard)
+        self.begin(index)
+        part = self._part(index)
+        if self._ledger.step > 1:  # what was put before it failed must not be taken for a result
+            for name in self._ledger.data:
+                block = self._block(part, name)
+                block[index - part.start] = self._ledger.arrays[name].fill_value
+        part.arrived[index] = (FAILED, np.nan, reason)
+        self._commit_if_due(part)
+
+    def wait(self) -> None:
+        """Until all that is complete is on the disk.
+
+        Raises:
+            StoreError: The disk is full, or cannot be written.
+        """
+        self._line.do(self._ledger.save)
+        self._line.wait()
+
+    def publish(self) -> None:
+        """Give a store that was created `hidden` its name. Calling it again does nothing."""
+        if self._publish is not None:
+            self.wait()
+            self._publish()
+            self._publish = None
+            self._ledger.bind()
 
     def close(self) -> None:
-        """Write the problems in hand and let go of the store. Calling it again does nothing."""
+        """Commit the problems in hand and let go of the store. Calling it again does nothing."""
+        if not self._release.alive:
+            return
         try:
-            for start in list(self._shards):
-                shard = self._shards.pop(start)
-                if shard.arrived:
-                    self._write(shard)
+            if self._publish is None:
+                for start in list(self._parts):
+                    part = self._parts.pop(start)
+                    if part.arrived:
+                        self._commit(part)
+                self.wait()
+                self._place.force(self._ledger.written)
         finally:
+            self._line.close()
+            for shard in self._open:
+                shard.abandon()
+            if self._publish is not None and self._drop_store is not None:
+                self._drop_store()
             self._release()
+        if isinstance(self._place, Folder) and self._ledger.all_done():
+            disk.tidy(self._place.path)
 
     def _discard(self) -> None:
-        """Delete data of shards in which nothing is done: a dead process left it there."""
-        status = self._state["status"]
-        for name in self._data:
-            for item in (self._path / name / "c").glob("[0-9]*"):
-                start = int(item.name) * self._step
-                if not (status[start : start + self._step] == DONE).any():
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+        """Delete data of shards of ours in which nothing is done: a dead process left it there."""
+        ledger = self._ledger
+        for name in ledger.data:
+            for item in self._place.children(f"{name}/c"):
+                start = int(item) * ledger.step if item.isdigit() else -1
+                done = (ledger.status[start : start + ledger.step] == DONE).any()
+                if start in ledger.own and not done:
+                    self._place.remove(f"{name}/c/{item}")
 
-    def _shard(self, index: int) -> _Shard:
-        """The shard in hand that takes this problem, with empty arrays if it is new."""
+    def _part(self, index: int) -> Part:
+        """The part in hand that takes this problem."""
+        ledger = self._ledger
         if not self._release.alive:
-            raise InputError(f"the writer of {self._path} is closed. Open another with resume.")
-        count = len(self._ids)
+            raise InputError(f"the writer of {self._place} is closed. Open another with resume.")
+        count = len(ledger.ids)
         if not 0 <= index < count:
             raise InputError(
-                f"there is no problem {index} in {self._path}: it has {count}, 0 to {count - 1}."
+                f"there is no problem {index} in {self._place}: it has {count}, 0 to {count - 1}."
             )
-        start = index - index % self._step
-        shard = self._shards.get(start)
-        if self._state["status"][index] == DONE or (shard and index in shard.arrived):
+        if index not in ledger.own:
             raise InputError(
-                f"problem {self._ids[index]!r} of {self._path} is there already. "
+                f"problem {ledger.ids[index]!r} of {self._place} is written by another part. "
                 "Write only what pending() lists."
             )
-        if shard is None:
-            shard = _Shard(start, min(start + self._step, count))
-            self._shards[start] = shard
-        return shard
+        start = index - index % ledger.step
+        part = self._parts.get(start)
+        if self._taken[index] or (part and index in part.arrived):
+            raise InputError(
+                f"problem {ledger.ids[index]!r} of {self._place} is there already. "
+                "Write only what pending() lists."
+            )
+        if part is None:
+            part = Part(start, min(start + ledger.step, count))
+            part.missing = int((~self._taken[start : part.stop]).sum())
+            self._parts[start] = part
+        return part
 
-    def _relabel(self, shard: _Shard, index: int, labels: Labels) -> None:
-        """Remember new labels; they are written with the shard."""
+    def _relabel(self, part: Part, index: int, labels: Labels) -> None:
+        """Remember new labels; they are written with the part."""
         rows, columns = len(labels.query_position), len(labels.key_position)
-        if rows > self._sizes["query"] or columns > self._sizes["key"]:
+        sizes = self._ledger.sizes
+        if rows > sizes["query"] or columns > sizes["key"]:
             raise InputError(
                 f"problem {labels.id!r} has {rows} rows and {columns} columns now, and "
-                f"{self._path} was made for {self._sizes['query']} and {self._sizes['key']}. "
+                f"{self._place} was made for {sizes['query']} and {sizes['key']}. "
                 "Create it with as many as the longest may get."
             )
-        self._rows[index], self._columns[index] = rows, columns
-        shard.labels[index] = labels
-        if self._step == 1:  # cells made for the old rows and columns
-            shard.data.clear()
+        self._ledger.rows[index], self._ledger.columns[index] = rows, columns
+        part.labels[index] = labels
 
-    def _place(self, shard: _Shard, index: int, name: str, values: npt.NDArray[Any]) -> None:
-        """Take one problem's array into its shard, in the stored dtype."""
-        expected = self._shape(name, index)
-        if values.shape != expected:
-            raise InputError(
-                f"{name} of problem {self._ids[index]!r} has shape {values.shape}. "
-                f"Give ({', '.join(dims(self._arrays[name])[1:])}) = {expected}."
+    def _require_fit(self, index: int, name: str, values: Array, first: int, layers: int) -> None:
+        """Refuse values of another shape, and scores that the store's dtype cannot hold."""
+        axes, ledger = dims(self._ledger.arrays[name])[1:], self._ledger
+        expected = ledger.shape(name, index)
+        if layers < ledger.sizes["layer"]:
+            expected = tuple(
+                layers if d == "layer" else n for d, n in zip(axes, expected, strict=True)
             )
-        if self._step == 1 and values.dtype == self._arrays[name].dtype:
-            shard.data[name] = block = values[None]  # alone in its shard: no copy
-        else:
-            block = self._block_of(shard, name, expected)
-            cell: Any = (index - shard.start, *(slice(n) for n in expected))
-            with np.errstate(over="ignore"):
-                block[cell] = values
-        if name == "scores" and np.isposinf(block[index - shard.start]).any():
+        if values.shape[1:] != expected:
             raise InputError(
-                f"scores of problem {self._ids[index]!r} pass what {block.dtype} holds "
-                f"({np.finfo(block.dtype).max:.0f}). Use dtype='float32'."
+                f"{name} of problem {ledger.ids[index]!r} has shape {values.shape[1:]}. "
+                f"Give ({', '.join(axes)}) = {expected}."
             )
+        if name == "scores" and values.size:
+            dtype = ledger.arrays[name].dtype
+            if values.max() > np.finfo(dtype).max:
+                raise InputError(
+                    f"scores of problem {ledger.ids[index]!r} pass what {dtype} holds "
+                    f"({np.finfo(dtype).max:.0f}). Use dtype='float32'."
+                )
 
-    def _block_of(self, shard: _Shard, name: str, expected: tuple[int, ...]) -> npt.NDArray[Any]:
-        """All of a shard's cells in one array, empty at first."""
-        if name not in shard.data:
-            array = self._arrays[name]
+    def _streams(self, name: str) -> bool:
+        """Whether an array goes to its shard as it comes: its tiles hold one problem, one layer."""
+        grid, axes = self._grids[name], dims(self._ledger.arrays[name])
+        if grid is None or self._ledger.step > 1:
+            return False
+        return all(n == 1 for n, dim in zip(grid.tile, axes, strict=True) if dim in _STREAMED)
+
+    def _block(self, part: Part, name: str) -> Array:
+        """A part's cells of one array, with what earlier runs finished of it: it is kept whole."""
+        if name not in part.blocks:
+            array, ledger = self._ledger.arrays[name], self._ledger
             # one problem needs only its own rows and columns; several share whole matrices
-            shape = expected if self._step == 1 else array.shape[1:]
-            block = np.full((shard.stop - shard.start, *shape), array.fill_value, array.dtype)
-            shard.data[name] = block
-        return shard.data[name]
+            shape = ledger.shape(name, part.start) if ledger.step == 1 else array.shape[1:]
+            block = np.full((part.stop - part.start, *shape), array.fill_value, array.dtype)
+            if self._taken[part.start : part.stop].any():
+                self.wait()
+                done = ledger.status[part.start : part.stop] == DONE
+                block[done] = np.asarray(array[part.start : part.stop])[done]
+            part.blocks[name] = block
+        return part.blocks[name]
 
-    def _shape(self, name: str, index: int) -> tuple[int, ...]:
-        own = {**self._sizes, "query": int(self._rows[index]), "key": int(self._columns[index])}
-        return tuple(own[dim] for dim in dims(self._arrays[name])[1:])
+    def _send(self, part: Part, name: str, corner: Sequence[int], block: Array) -> None:
+        """Have a block's tiles encoded and written."""
+        own = self._grids[name]
+        assert own is not None
+        for at, number, view in cut(own, corner, block):
+            shard = part.shards.get((name, at))
+            if shard is None:
+                shard = part.shards[name, at] = Shard(self._place, own, at)
+                self._open.add(shard)
+            if job := shard.put(number, view):
+                self._line.after(partial(self._write, shard), encode, own, job)
 
-    def _write_if_complete(self, shard: _Shard) -> None:
-        status = self._state["status"]
-        if all(i in shard.arrived or status[i] == DONE for i in range(shard.start, shard.stop)):
-            self._write(self._shards.pop(shard.start))
+    def _write(self, shard: Shard, encoded: Sequence[tuple[int, bytes]]) -> None:
+        with self._ledger.explained():
+            self._ledger.require_there()
+            shard.write(encoded)
 
-    def _write(self, shard: _Shard) -> None:
-        """Commit a shard: data, labels, loss and errors, and status last."""
-        done = int((self._state["status"] == DONE).sum())
-        intact = f"; the problems already done ({done} of {len(self._ids)}) are intact"
-        if not (self._path / "zarr.json").is_file():
-            raise StoreError(
-                f"{self._path} was deleted or moved while it was being written. "
-                "Put it back, or run the same call again to begin anew."
-            )
-        with disk.explained(self._path, need=self._raw_bytes, intact=intact):
-            # this order is the promise: whoever sees a status sees all that it vouches for
-            for name, block in shard.data.items():
-                self._keep_done(shard, name, block)
-                if block.size:
-                    extent = (slice(n) for n in block.shape[1:])
-                    self._arrays[name][(slice(shard.start, shard.stop), *extent)] = block
-            self._write_labels(shard)
-            self._write_state(shard)
+    def _commit_if_due(self, part: Part) -> None:
+        """Commit a part that is complete; and from time to time all that is in hand."""
+        if len(part.arrived) == part.missing:
+            self._commit(self._parts.pop(part.start))
+        elif time.monotonic() - self._saved > max(SECONDS, SHARE * self._took):
+            start = time.monotonic()
+            for one in self._parts.values():
+                if one.arrived:
+                    self._commit(one)
+            self.wait()  # its blocks are filled further
+            self._saved, self._took = time.monotonic(), time.monotonic() - start
 
-    def _keep_done(self, shard: _Shard, name: str, block: npt.NDArray[Any]) -> None:
-        """Carry over what earlier runs finished in this shard: it is rewritten whole."""
-        here = slice(shard.start, shard.stop)
-        done = self._state["status"][here] == DONE
-        if done.any():
-            block[done] = cast("npt.NDArray[Any]", self._arrays[name][here])[done]
+    def _commit(self, part: Part) -> None:
+        """Have what has come of a part kept, after all that is on its way."""
+        whole: dict[str, Array] = {}  # what zarr writes by itself
+        for name, block in part.blocks.items():
+            if self._grids[name] is None:
+                whole[name] = block
+            elif block.size:
+                self._send(part, name, [part.start, *[0] * (block.ndim - 1)], block)
+        for shard in part.shards.values():
+            if job := shard.rest():
+                self._line.after(partial(self._write, shard), encode, shard.grid, job)
+        now = replace(part, blocks=whole, labels={**part.labels}, arrived={**part.arrived})
+        part.shards = {}
+        self._line.do(partial(self._keep, now))
 
-    def _write_labels(self, shard: _Shard) -> None:
-        if not shard.labels:
-            return
-        chunk = self._chunk(shard)
-        rows = [index - chunk.start for index in shard.labels]
-        some = list(shard.labels.values())
-        for name, new in label_columns(some, self._sizes["query"], self._sizes["key"]).items():
-            values = np.array(self._arrays[name][chunk])
-            values[rows] = new
-            self._arrays[name][chunk] = values
+    def _keep(self, part: Part) -> None:
+        self._ledger.commit(part)
+        self._open.difference_update(part.shards.values())
 
-    def _write_state(self, shard: _Shard) -> None:
-        """Write loss, errors and status as whole chunks; remember them once they are on disk."""
-        chunk = self._chunk(shard)
-        new = {name: values.copy() for name, values in self._state.items()}
-        for index, (status, loss, error) in shard.arrived.items():
-            new["status"][index], new["error"][index] = status, error
-            if "loss" in new:
-                new["loss"][index] = loss
-        for name, values in new.items():  # status is the last of them
-            if name == "status" or not np.array_equal(
-                values, self._state[name], equal_nan=name == "loss"
-            ):
-                self._arrays[name][chunk] = values[chunk]
-        self._state = new
-
-    def _chunk(self, shard: _Shard) -> slice:
-        """The chunk of the label arrays that a shard lies in."""
-        start = shard.start - shard.start % self._block
-        return slice(start, min(start + self._block, len(self._ids)))
-
-    def _read(self, name: str) -> npt.NDArray[Any]:
-        return np.array(self._arrays[name][...])
-
-    def _raw_bytes(self) -> int:
-        """What is still to be written, before compression."""
-        todo = [i for indices in self.pending() for i in indices]
-        size = {name: self._arrays[name].dtype.itemsize for name in self._data}
-        return sum(math.prod(self._shape(n, i)) * size[n] for n in self._data for i in todo)
+    def _abandon(self, shard: Shard) -> None:
+        shard.abandon()
+        self._open.discard(shard)
 
 
 def _names(names: Iterable[str]) -> str:

@@ -22,6 +22,7 @@ Number = Annotated[int | None, typer.Option("-n", help="Problems to take.")]
 Seed = Annotated[int | None, typer.Option(help="Draw them with this seed.")]
 Selector = Annotated[str | None, typer.Option(help="3, -1, 0,2,5, 2:8; rows and keys: last:6.")]
 MaxLength = Annotated[int | None, typer.Option(help="Cut problems to so many tokens.")]
+Part = Annotated[str, typer.Option(help="2/4: do the second of four parts, at once with others.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a store that is there.")]
 
 
@@ -42,6 +43,19 @@ def selector(text: str | None) -> Any:
         return int(text)
     except (ValueError, TypeError):
         return text
+
+
+def parted(text: str) -> tuple[int, int]:
+    """A part of a run, as "2/4".
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        which, writers = map(int, text.split("/"))
+    except ValueError:
+        raise InputError(f"--part {text}. Give i/n, from 1/n to n/n, as 2/4.") from None
+    return which, writers
 
 
 def progress(ds: "xr.Dataset") -> str:

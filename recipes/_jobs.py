@@ -21,9 +21,6 @@ from probe.plans import Item, Plan
 from probe.running import OnError, Reading, Work, require, run
 from recipes._measures import mean_nll
 
-# Problems whose results lie together, and which a killed run may have to compute again: few, but
-# of a large run not so few that its files are many.
-_TOGETHER, _SHARDS = 8, 64
 _TEXTS = schema.Array(("problem",), "string", "")
 
 Labels = Sequence[float] | Sequence[str]
@@ -114,7 +111,7 @@ def opened(problems: object) -> object:
         StoreError: There is none under such a name, or it cannot be read.
     """
     named = isinstance(problems, str | Path) and _names_a_store(Path(problems))
-    return probe.open(problems) if named else problems  # type: ignore[arg-type]
+    return probe.open(problems) if named else problems
 
 
 def _names_a_store(path: Path) -> bool:
@@ -218,22 +215,21 @@ def _create(
     arrays: Mapping[str, schema.Array],
     sizes: Mapping[str, int],
     coords: Mapping[str, Labels],
-    path: Path,
-    overwrite: bool,
+    where: object,
+    **how: Any,
 ) -> store.Writer:
     return store.create(
-        path,
+        where,
         labels=[item.labels(model) for item in todo.items],
         layers=model.layers,
         heads=range(model.n_heads),
         config=config,
         sites=(),
         reduced=arrays,
-        together=max(_TOGETHER, len(todo.items) // _SHARDS),
         sizes=sizes,
         coords=coords,
         attrs={**todo.attrs, "recipe": config["recipe"]},
-        overwrite=overwrite,
+        **how,
     )
 
 

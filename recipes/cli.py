@@ -16,16 +16,18 @@ from rich.text import Text as Plain
 
 import probe
 from probe.errors import InputError, ProbeError, WiringError
-from recipes import _importing, cli_changes, cli_latent
+from recipes import _importing, cli_changes, cli_latent, cli_stores
 from recipes._cli import (
     MaxLength,
     ModelName,
     Number,
     Overwrite,
+    Part,
     Seed,
     Selector,
     Text,
     echo_failures,
+    parted,
     progress,
     quiet,
     save,
@@ -46,6 +48,7 @@ app = typer.Typer(
 
 for command in (cli_changes.suppress, cli_changes.ablate, cli_changes.relevance):
     app.command()(command)
+app.command()(cli_stores.info)
 app.command()(cli_latent.export)
 app.add_typer(cli_latent.app, name="latent")
 
@@ -156,6 +159,8 @@ def capture(
     max_new_tokens: Annotated[int, typer.Option(help="Let the model go on so far.")] = 0,
     on_error: Annotated[str, typer.Option(help="record or raise.")] = "record",
     overwrite: Overwrite = False,
+    part: Part = "1/1",
+    fsync: Annotated[bool, typer.Option(help="Force each file to the disk at once.")] = False,
     plan: Annotated[bool, typer.Option(help="Only say what would be done.")] = False,
 ) -> None:
     """Run problems through a model into a store; the same command again resumes."""
@@ -177,36 +182,9 @@ def capture(
             typer.echo(str(probe.plan(loaded, chosen, **options)))
             return
         more: dict[str, Any] = {"on_error": on_error, "overwrite": overwrite}
+        more |= {"part": parted(part), "fsync": fsync}
         ds = probe.capture(loaded, chosen, out, **options, **more)
     typer.echo(f"{progress(ds)}: {out}")
-    echo_failures(ds)
-
-
-@app.command()
-def info(
-    store: Store,
-    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
-) -> None:
-    """Say what a store holds, how it was made, and how full it is."""
-    ds = probe.open(store)
-    sizes = [size for size in map(_size, store.expanduser().rglob("*")) if size is not None]
-    story = {k: v for k, v in ds.attrs.items() if k not in ("config", "coordinates", "layout")}
-    facts = {
-        "done": progress(ds),
-        "dims": {str(k): v for k, v in ds.sizes.items()},
-        "tokens": int(ds.length.sum()),
-        "bytes": sum(sizes),
-        "files": len(sizes),
-        **story,
-    }
-    if "loss" in ds:
-        facts["mean loss (nats per token)"] = round(float(ds.loss.mean()), 4)
-    if "expected" in ds and bool(ds.correct.notnull().any()):
-        facts["accuracy"] = round(float(ds.correct.mean()), 4)
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    table(("", str(store)), [(name, _plain(value)) for name, value in facts.items()])
     echo_failures(ds)
 
 
@@ -340,19 +318,3 @@ def _draw_patterns(
         return plots.head_grid(patterns, title=title)
     axes = plots.pattern(patterns.sel(head=head), title=f"{title}, head {head}")
     return axes.get_figure(root=True)
-
-
-def _size(file: Path) -> int | None:
-    """Bytes of a file; None for a folder, and for what a running capture has just renamed."""
-    try:
-        return file.stat().st_size if file.is_file() else None
-    except FileNotFoundError:
-        return None
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value)) or "none"
-    return "-" if value is None else str(value)

@@ -13,6 +13,7 @@ import xarray as xr
 from zarr.storage import LocalStore
 
 from probe import schema, store
+from probe.places import Folder
 from probe.schema import DONE, Labels
 
 CONFIG = {"model": "gpt2", "dtype": "float16", "queries": None}
@@ -106,7 +107,15 @@ def disk_refuses(monkeypatch: pytest.MonkeyPatch, part: str, number: int) -> Non
             raise OSError(number, os.strerror(number))
         await real(self, key, value, *rest)
 
+    incoming = Folder.incoming
+
+    def refuse_data(self: Folder, key: str) -> Any:
+        if part in key:
+            raise OSError(number, os.strerror(number))
+        return incoming(self, key)
+
     monkeypatch.setattr(LocalStore, "set", refuse)
+    monkeypatch.setattr(Folder, "incoming", refuse_data)
 
 
 TINY = [labels(i, length) for i, length in enumerate((6, 3, 6, 1, 5))]

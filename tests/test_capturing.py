@@ -122,14 +122,15 @@ def test_a_run_that_is_killed_and_run_again_equals_an_uninterrupted_one(tmp_path
     code = """if True:
         import os, signal, sys
         import probe
-        from probe import demos, store
-        write, seen = store.Writer.append, []
-        def append(self, *arguments, **named):
+        from probe import demos, ledger, store
+        ledger.SECONDS = 0
+        write, seen = store.Writer.done, []
+        def done(self, *arguments, **named):
             write(self, *arguments, **named)
             seen.append(1)
             if len(seen) == int(sys.argv[2]):
                 os.kill(os.getpid(), signal.SIGKILL)
-        store.Writer.append = append
+        store.Writer.done = done
         problems = [ids[:n] for n in range(70, 101) for ids in demos.repeated(30, 1, seed=n)]
         problems = [ids + ids[1:] for ids in problems]
         probe.capture(probe.load("demo-llama"), problems, sys.argv[1], batch_size=3, progress=False)

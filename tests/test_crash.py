@@ -1,22 +1,19 @@
 import errno
-import multiprocessing
 import random
 import re
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import xarray as xr
-from zarr.storage import LocalStore
 
 from probe import arrays, disk, schema, store
 from probe.errors import StoreError
 from probe.schema import Labels
+from tests.processes import MANY, SITES, run, slow_down, write_on
 from tests.stores import (
     CONFIG,
     FULL,
@@ -26,69 +23,16 @@ from tests.stores import (
     disk_refuses,
     files,
     fill,
-    labels,
     put,
     says,
 )
 
 resource = pytest.importorskip("resource", reason="Windows has no kill -9, limits or locks")
 
-# One interpreter that has everything imported, and forks at once; it never writes itself.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "xarray", "zarr", "probe.store"])
-
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "run.zarr"
-
-
-MANY = {
-    "tiny": [labels(i, 40 + i % 24) for i in range(48)],
-    "full": [labels(i, 65 + i) for i in range(24)],
-}
-
-
-def run(
-    target: Callable[..., None], *args: object, kill_after: float | None = None
-) -> tuple[int | None, str]:
-    """Run a function in its own process: how it ended, and the one thing that it sent."""
-    here, there = SERVER.Pipe(duplex=False)
-    process = SERVER.Process(target=target, args=(there, *args))
-    process.start()
-    there.close()  # so that a process that dies silently is an EOFError here
-    heard = here.recv()
-    if kill_after is not None:
-        time.sleep(kill_after)
-        process.kill()
-    process.join()
-    return process.exitcode, heard
-
-
-def slow_down() -> None:
-    """Let every file take a while, so that a kill falls anywhere."""
-    real = LocalStore.set
-
-    async def slow(self: LocalStore, key: str, value: Any, *rest: Any) -> None:
-        time.sleep(0.002)
-        await real(self, key, value, *rest)
-        time.sleep(0.002)
-
-    pytest.MonkeyPatch().setattr(LocalStore, "set", slow)
-
-
-def write_on(parent: Connection, path: Path, kind: str) -> None:
-    """Create the store or resume it, and write all that it lacks."""
-    slow_down()
-    pytest.MonkeyPatch().setattr(schema, "TINY_PROBLEMS", 4)
-    some, sites = MANY[kind], ("pattern", "scores")
-    new = store.vacant(path)
-    writer = create(path, some, sites=sites) if new else store.resume(path, config=CONFIG)
-    parent.send("ready")
-    with writer:
-        for indices in writer.pending():
-            for i in reversed(indices):
-                put(writer, some, [i], *sites)
 
 
 def create_anew(parent: Connection, path: Path) -> None:
@@ -107,29 +51,44 @@ def write_limited(parent: Connection, path: Path) -> None:
         parent.send(str(error))
 
 
-@pytest.mark.parametrize("kind", ["tiny", "full"])
-def test_a_writer_killed_at_any_moment_loses_nothing_that_was_done(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(schema, "TINY_PROBLEMS", 4)
-    path, some = tmp_path / "run.zarr", MANY[kind]
-    chance, done, kills = random.Random(1), set[str](), 0
-    while kills < 12:
-        code, _ = run(write_on, path, kind, kill_after=chance.uniform(0, 0.15))
-        kills += code == -signal.SIGKILL
+def killed_again_and_again(folder: Path, kind: str, kills: int, seed: int) -> None:
+    """Kill writers until it is enough; nothing that was done may be lost or wrong."""
+    path, some = folder / "run.zarr", MANY[kind]
+    chance, done, killed = random.Random(seed), set[str](), 0
+    while killed < kills:
+        code, _ = run(write_on, path, kind, kill_after=chance.uniform(0, 0.25))
+        killed += code == -signal.SIGKILL
         ds = store.open(path)
         check(ds, some)
+        assert not store.verify(path)
         assert done <= set(ds["problem"].values.tolist())
         done = set(ds["problem"].values.tolist())
         if len(done) == len(some):
             shutil.rmtree(path)
             done.clear()
     assert run(write_on, path, kind) == (0, "ready")
-    fill(tmp_path / "whole.zarr", some, "pattern", "scores")
-    killed, whole = store.open(path).load(), store.open(tmp_path / "whole.zarr").load()
-    xr.testing.assert_equal(killed, whole)
-    assert not list(tmp_path.rglob("*.partial"))
-    assert not list(tmp_path.glob("*.creating"))
+    fill(folder / "whole.zarr", some, *SITES)
+    killed_store, whole = store.open(path).load(), store.open(folder / "whole.zarr").load()
+    xr.testing.assert_equal(killed_store, whole)
+    assert not list(folder.rglob("*.partial"))
+    assert not list(folder.glob("*.creating"))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+def test_a_writer_killed_at_any_moment_loses_nothing_that_was_done(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "TINY_PROBLEMS", 4)
+    killed_again_and_again(tmp_path, kind, kills=8, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+def test_a_hundred_kills_lose_nothing(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "TINY_PROBLEMS", 4)
+    killed_again_and_again(tmp_path, kind, kills=100, seed=2)
 
 
 def test_a_creation_killed_at_any_moment_leaves_a_whole_store_or_none(tmp_path: Path) -> None:
@@ -164,6 +123,7 @@ def test_a_full_disk_keeps_what_is_done(
     def write(writer: store.Writer) -> None:
         with writer:
             put(writer, FULL, [1])
+            writer.wait()
             disk_refuses(monkeypatch, part, number)
             put(writer, FULL, [2])
 
@@ -193,9 +153,13 @@ def test_a_disk_that_forbids_writing_is_named(path: Path, monkeypatch: pytest.Mo
         f"cannot write to {path} (Permission denied); the problems already done (0 of 5) are "
         "intact. Remove the cause and run the same call again."
     )
+    put(writer, FULL, [0])
     with pytest.raises(StoreError, match=says(message)):
-        put(writer, FULL, [0])
-    writer.close()
+        writer.wait()
+    with pytest.raises(StoreError, match=says(message)):
+        put(writer, FULL, [1])
+    with pytest.raises(StoreError, match=says(message)):
+        writer.close()
 
 
 def test_a_real_limit_on_file_size_is_told_as_a_full_disk(path: Path) -> None:
@@ -230,11 +194,11 @@ def test_data_that_no_status_vouches_for_is_never_shown(
 ) -> None:
     writer = create(path, some)
     disk_refuses(monkeypatch, "status/c", errno.EIO)
+    put(writer, some, range(5))
     with pytest.raises(StoreError, match="Input/output error"):
-        put(writer, some, range(5))
+        writer.close()
     monkeypatch.undo()
     assert files(path)
-    writer.close()
     with store.resume(path, config=CONFIG) as again:
         for i in range(5):
             again.fail(i, "too long")
@@ -250,7 +214,7 @@ def test_a_store_that_appears_while_another_is_made_is_not_replaced(
         arrays.make_arrays(*args, **options)
 
     monkeypatch.setattr(store, "make_arrays", quicker)
-    with pytest.raises(StoreError, match=r"^cannot write to .*run.zarr \(Directory not empty\)\."):
+    with pytest.raises(StoreError, match=r"^.*run.zarr already holds a store\. Resume it"):
         create(path, FULL)
     check(store.open(path), TINY)
     assert [item.name for item in path.parent.iterdir()] == ["run.zarr"]

@@ -263,20 +263,20 @@ def test_a_generation_too_short_for_a_selection_fails_alone(bare: Bare, tmp_path
 def test_a_run_that_is_stopped_while_generating_goes_on_to_the_same_store(
     bare: Bare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, append = bare("qwen3"), Writer.append
+    model, finish = bare("qwen3"), Writer.done
     problems = [[5, n, *range(1, n)] for n in range(2, 12)]
     options: dict[str, Any] = {"max_new_tokens": 4, "batch_size": 2}
     options["interventions"] = [Bias(value=-1.0, keys="first:2")]
     whole = capture(model, problems, tmp_path / "a", **options)
     done: list[int] = []
 
-    def stop(writer: Writer, indices: Any, *args: Any, **kwargs: Any) -> None:
+    def stop(writer: Writer, index: int, loss: float) -> None:
         if len(done) == 5:
             raise KeyboardInterrupt
-        append(writer, indices, *args, **kwargs)
-        done.extend(indices)
+        finish(writer, index, loss)
+        done.append(index)
 
-    monkeypatch.setattr(Writer, "append", stop)
+    monkeypatch.setattr(Writer, "done", stop)
     with pytest.raises(KeyboardInterrupt):
         capture(model, problems, tmp_path / "b", **options)
     monkeypatch.undo()

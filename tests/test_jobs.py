@@ -114,6 +114,8 @@ KILLED = """if True:
 def stopping_after(n: int, stop: Callable[[], None]) -> pytest.MonkeyPatch:
     """Let a run stop when it has written so many problems."""
     write, seen, patch = probe.store.Writer.append, list[int](), pytest.MonkeyPatch()
+    for pause in ("SECONDS", "SHARE"):  # what has come is written at once
+        patch.setattr(f"probe.writer.{pause}", 0)
 
     def append(self: Any, indices: Any, *arguments: Any, **named: Any) -> None:
         write(self, indices, *arguments, **named)

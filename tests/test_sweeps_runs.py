@@ -171,11 +171,13 @@ KILLED = """
 import os, signal, sys
 import probe
 import torch
+from probe import writer
 from probe.writer import Writer
 from recipes.ablation import sweep
 
 torch.set_num_threads(1)
 append, calls = Writer.append, []
+writer.SECONDS = writer.SHARE = 0
 
 def dies(*args, **kwargs):
     calls.append(1)
@@ -196,7 +198,7 @@ def test_a_sweep_that_is_killed_or_interrupted_goes_on_to_the_same_numbers(
     command = [sys.executable, "-c", KILLED, str(killed)]
     run = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True)
     assert run.returncode == -signal.SIGKILL
-    assert len(probe.open(killed).problem) == 8  # a shard
+    assert 8 <= len(probe.open(killed).problem) <= 11
 
     stopped, append, calls = tmp_path / "stopped.zarr", Writer.append, list[int]()
 

@@ -20,8 +20,10 @@ def test_problems_arrive_in_any_order(path: Path) -> None:
     with create(path, TINY) as writer:
         for i in (3, 0, 4):
             put(writer, TINY, [i])
+        writer.wait()
         assert not files(path)  # a shard waits until all its problems are there
         put(writer, TINY, (2, 1))
+        writer.wait()
         assert files(path) == 1
         assert writer.status.tolist() == [DONE] * 5
     check(store.open(path), TINY)

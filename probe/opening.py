@@ -1,0 +1,143 @@
+"""Opening a store: everything lazy but labels, and what is damaged an error that says where."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+import zarr
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from probe.arrays import dims, named
+from probe.errors import InputError, StoreError
+from probe.places import Objects, Place, place
+from probe.schema import DONE, EMPTY
+from probe.stories import attributes
+from probe.verifying import damage, expected
+
+
+def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset:
+    """Open a store for reading; nothing is loaded but labels.
+
+    Shards are decoded by zarrs where it is installed (`pip install attn-probe[zarrs]`), which is
+    about three times as fast, and else by zarr-python.
+
+    Args:
+        path: Folder of the store, or a zarr store object.
+        chunks: "shards" for dask arrays of which each chunk is one shard, the piece that is written
+            and read best; None for no dask. (Plain `xarray.open_zarr(chunks={})` takes the inner
+            chunks: thousands of tasks for each shard.)
+
+    Returns:
+        The captured arrays, lazy, with their labels as coordinates (names, dims and dtypes: see
+        `probe.schema`). Problems that have not run are left out, so a store that is still being
+        written shows only what is finished; failed ones have status 2, their reason in `error`,
+        and matrices as empty as if nothing were attended.
+
+    Raises:
+        StoreError: There is no store, it is not ours, it is of a newer version, or it is damaged.
+            A shard that is missing or damaged is found when it is read.
+        InputError: chunks is something else, or dask is missing.
+
+    Example:
+        >>> ds = probe.open("run.zarr")
+        >>> ds.pattern.sel(problem="0", layer=1, head=3).shape
+        (10, 10)
+    """
+    if chunks not in (None, "shards"):
+        raise InputError(f"chunks={chunks!r}. Choose 'shards', or None for no dask.")
+    where = place(path)
+    attrs = attributes(where)
+    try:
+        ds: xr.Dataset = xr.open_zarr(where.zarr, consolidated=False, chunks=None)
+        status = ds["status"].values
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise StoreError(
+            f"{where} is damaged: its labels cannot be read ({error}). Restore it from a copy."
+        ) from error
+    with _fastest(where):
+        group = zarr.open_group(where.zarr, mode="r", zarr_format=3, use_consolidated=False)
+        arrays = {name: named(group, name) for name in attrs["arrays"] if name != "loss"}
+    # stores of earlier versions have no file for shards that hold nothing
+    whole = bool(attrs.get("whole_shards"))
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and array.shards:
+            lazy = indexing.LazilyIndexedArray(Stored(where, name, array, status, whole))
+            ds[name] = xr.Variable(dims(array), lazy, ds[name].attrs, ds[name].encoding)
+            if chunks:
+                ds[name] = _chunked(ds[name], array.shards)
+    run = np.flatnonzero(status != EMPTY)
+    if len(run) == len(status):
+        return ds
+    if len(run) and run[-1] == len(run) - 1:  # the first ones: a slice reads faster than a list
+        return ds.isel(problem=slice(len(run)))
+    return ds.isel(problem=run)
+
+
+def _fastest(where: Place) -> Any:
+    """The pipeline that decodes: zarrs for folders. It never writes: its files can be torn."""
+    if isinstance(where, Objects) or importlib.util.find_spec("zarrs") is None:
+        return nullcontext()
+    return zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+
+
+def _chunked(array: xr.DataArray, shards: tuple[int, ...]) -> xr.DataArray:
+    if importlib.util.find_spec("dask") is None:
+        raise InputError("chunks='shards' needs dask. Install it: pip install attn-probe[dask]")
+    sizes = zip(array.dims, shards, array.shape, strict=True)
+    return array.chunk({dim: min(n, whole) for dim, n, whole in sizes})
+
+
+class Stored(BackendArray):
+    """An array on its place, read shard by shard; xarray indexes it."""
+
+    def __init__(
+        self,
+        where: Place,
+        name: str,
+        array: "zarr.Array[Any]",
+        status: npt.NDArray[Any],
+        whole: bool,
+    ) -> None:
+        self.shape, self.dtype = array.shape, array.dtype
+        self._where, self._name, self._array = where, name, array
+        self._status, self._whole = status, whole
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        outer = indexing.IndexingSupport.OUTER
+        return indexing.explicit_indexing_adapter(key, self.shape, outer, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Any:
+        if self._whole:
+            for shard in self._touched(key):
+                if not self._where.exists(shard):
+                    self._explain(key, "it is missing")
+        try:
+            return self._array.oindex[key]
+        except Exception as error:  # each pipeline has kinds of its own
+            self._explain(key, str(error))
+            raise
+
+    def _touched(self, key: tuple[Any, ...]) -> Iterator[str]:
+        """The shards of done problems that are read."""
+        problems = np.atleast_1d(np.arange(self.shape[0])[key[0]])
+        done = np.unique(problems[self._status[problems] == DONE]).tolist()
+        return (shard for shard, _ in expected(self._name, self._array, done))
+
+    def _explain(self, key: tuple[Any, ...], why: str) -> None:
+        """Say which shard is damaged."""
+        for shard in self._touched(key):
+            if reason := damage(self._where, shard, self._array):
+                raise StoreError(
+                    f"{self._where} is damaged: {shard} cannot be read, {reason}. Restore that "
+                    "file from a copy; or give up its problems with `probe info --verify --repair` "
+                    "and run the same capture again, which computes only them."
+                )
+        raise StoreError(
+            f"{self._name} of {self._where} cannot be read ({why}), though its shards are whole. "
+            "Read it on a machine where it can, or make it anew."
+        )

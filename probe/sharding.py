@@ -1,0 +1,169 @@
+"""Zarr v3 shards, each written once and in its final form: tiles are encoded by threads.
+
+A shard is its encoded tiles one after the other, an index of 16 bytes for each tile (offset and
+bytes, little endian, all ones where the tile is empty), and the crc32c of that index (the
+`sharding_indexed` codec of Zarr's specification). zarr-python would encode it as well, but reads
+and rewrites a shard for every part of it.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import ceil, prod
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import zarr
+import zstandard
+
+from probe.places import Incoming, Place
+
+ABSENT = 2**64 - 1
+JOB = 2 * 2**20  # raw bytes that a thread encodes at once
+
+Array = npt.NDArray[Any]
+_local = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How an array is cut into shards and tiles, and how a tile is encoded."""
+
+    name: str
+    shard: tuple[int, ...]
+    tile: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fill: Any
+    level: int
+    checksum: bool
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """How many tiles a shard has along each dim."""
+        return tuple(s // t for s, t in zip(self.shard, self.tile, strict=True))
+
+    def key(self, place: Sequence[int]) -> str:
+        return "/".join([self.name, "c", *map(str, place)])
+
+
+def grid(name: str, array: "zarr.Array[Any]") -> Grid | None:
+    """The grid of an array of ours; None where zarr-python has to write it."""
+    found: Any = array.compressors
+    codecs = [codec.to_dict() for codec in found]
+    if array.shards is None or [c["name"] for c in codecs] != ["zstd"] or array.dtype.kind != "f":
+        return None
+    options = codecs[0]["configuration"]
+    fill = array.dtype.type(array.fill_value)
+    how = options["level"], options["checksum"]
+    return Grid(name, array.shards, array.chunks, array.dtype, fill, *how)
+
+
+Cut = tuple[tuple[int, ...], int, Array]
+
+
+def cut(grid: Grid, start: Sequence[int], block: Array) -> Iterator[Cut]:
+    """A block's tiles: the shard of each, its number in the shard, and a view of its cells.
+
+    Args:
+        grid: Of the array.
+        start: Where the block begins in the array: at the corner of a tile.
+        block: Its cells; the last tile of each dim may be cut short.
+    """
+    first = [s // t for s, t in zip(start, grid.tile, strict=True)]
+    counts = [ceil(n / t) for n, t in zip(block.shape, grid.tile, strict=True)]
+    tiles = grid.tiles
+    for offset in product(*map(range, counts)):
+        at = [f + o for f, o in zip(first, offset, strict=True)]
+        shard = tuple(a // n for a, n in zip(at, tiles, strict=True))
+        number = 0
+        for a, n in zip(at, tiles, strict=True):
+            number = number * n + a % n
+        cells = tuple(slice(o * t, (o + 1) * t) for o, t in zip(offset, grid.tile, strict=True))
+        yield shard, number, block[cells]
+
+
+def encode(grid: Grid, tiles: Sequence[tuple[int, Array]]) -> list[tuple[int, bytes]]:
+    """Tiles as they lie in a shard, in the stored dtype; those that hold only the fill are none."""
+    room, compressor = _tools(grid)
+    out = []
+    for number, view in tiles:
+        here = view
+        if view.dtype != grid.dtype:
+            with np.errstate(over="ignore"):
+                here = view.astype(grid.dtype)
+        if _is_empty(grid, here):
+            continue
+        if here.shape != grid.tile:
+            room.fill(grid.fill)
+        room[tuple(map(slice, here.shape))] = here
+        out.append((number, compressor.compress(room.data)))
+    return out
+
+
+def _is_empty(grid: Grid, cells: Array) -> bool:
+    """Whether all cells hold the fill, bit for bit; the last row alone tells of most tiles."""
+    bits = f"u{grid.dtype.itemsize}"
+    cells, fill = cells.view(bits), np.array(grid.fill, grid.dtype).view(bits)
+    last = cells[..., -1, :] if cells.ndim > 1 else cells
+    return not (last != fill).any() and not (cells != fill).any()
+
+
+def _tools(grid: Grid) -> tuple[Array, zstandard.ZstdCompressor]:
+    """A tile and a compressor of this thread, used again and again: new ones cost a tenth."""
+    key = (grid.tile, grid.dtype, grid.level, grid.checksum)
+    if getattr(_local, "key", None) != key:
+        _local.key = key
+        _local.room = np.empty(grid.tile, grid.dtype)
+        _local.compressor = zstandard.ZstdCompressor(
+            level=grid.level, write_checksum=grid.checksum, write_content_size=True
+        )
+    return _local.room, _local.compressor
+
+
+class Shard:
+    """A shard on its way. `put` is called by who has the data, the rest by one other thread."""
+
+    def __init__(self, place: Place, grid: Grid, at: Sequence[int]) -> None:
+        self.key = grid.key(at)
+        self._place, self.grid = place, grid
+        self._waiting: list[tuple[int, Array]] = []
+        self._bytes = 0
+        self._index = np.full((prod(grid.tiles), 2), ABSENT, "<u8")
+        self._end = 0
+        self._file: Incoming | None = None
+
+    def put(self, number: int, view: Array) -> list[tuple[int, Array]] | None:
+        """Take a tile; gives back a job for `encode` when enough have come."""
+        self._waiting.append((number, view))
+        self._bytes += view.nbytes
+        return self.rest() if self._bytes >= JOB else None
+
+    def rest(self) -> list[tuple[int, Array]]:
+        """What has been put and was not given back yet."""
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        return waiting
+
+    def write(self, encoded: Sequence[tuple[int, bytes]]) -> None:
+        """Append tiles to the file."""
+        if self._file is None:
+            self._file = self._place.incoming(self.key)
+        self._file.write([data for _, data in encoded])
+        for number, data in encoded:
+            self._index[number] = self._end, len(data)
+            self._end += len(data)
+
+    def commit(self, *, durable: bool) -> None:
+        """Write the index, and give the file its name."""
+        index = self._index.tobytes()
+        self.write([])
+        assert self._file is not None
+        self._file.write([index, google_crc32c.value(index).to_bytes(4, "little")])
+        self._file.commit(durable=durable)
+
+    def abandon(self) -> None:
+        """Leave nothing."""
+        if self._file is not None:
+            self._file.abandon()

@@ -1,0 +1,133 @@
+"""Mean and spread over the problems of a store of any size: one shard after the other, merged.
+
+Each shard gives a count, a mean and a sum of squared deviations; two of these are merged exactly
+(Chan, Golub and LeVeque 1979). So threads, processes or machines may each take some shards.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import xarray as xr
+
+import probe
+from probe.errors import InputError
+from probe.schema import DONE
+
+THREADS = min(4, os.cpu_count() or 1)
+
+Measure: TypeAlias = Callable[[xr.Dataset], "xr.Dataset | xr.DataArray | Mapping[str, Any]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """How many values there were, their mean, and their summed squared deviations from it.
+
+    Attributes:
+        count: Values that were not NaN, for each cell.
+        mean: float64; NaN where there were none.
+        squares: float64, likewise.
+
+    Example:
+        >>> x = xr.Dataset({"x": ("problem", [1.0, 2.0, 6.0])})
+        >>> both = moments(x.isel(problem=[0])).merge(moments(x.isel(problem=[1, 2])))
+        >>> float(both.mean.x), float(both.variance().x), int(both.count.x)
+        (3.0, 4.666666666666667, 3)
+    """
+
+    count: xr.Dataset
+    mean: xr.Dataset
+    squares: xr.Dataset
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Those of all values of both."""
+        one, two = xr.align(self.count, other.count, join="outer", fill_value=0)
+        count = one + two
+        means = xr.align(self.mean, other.mean, join="outer", fill_value=0.0)
+        squares = xr.align(self.squares, other.squares, join="outer", fill_value=0.0)
+        first, second = (m.fillna(0.0) for m in means)
+        step, share = second - first, two / count.where(count > 0)
+        mean = first + step * share
+        spread = squares[0].fillna(0.0) + squares[1].fillna(0.0) + step**2 * one * share
+        return Moments(count, mean, spread.where(count > 0))
+
+    def variance(self, ddof: int = 0) -> xr.Dataset:
+        """Variance; NaN where there are not more than `ddof` values."""
+        left = self.count - ddof
+        return self.squares / left.where(left > 0)
+
+    def std(self, ddof: int = 0) -> xr.Dataset:
+        """Its root."""
+        return self.variance(ddof) ** 0.5
+
+
+def moments(values: xr.Dataset, dim: str = "problem") -> Moments:
+    """Those of some values, summed in float64; NaN is left out.
+
+    Args:
+        values: Numbers with this dim.
+        dim: Over which.
+    """
+    there = values.notnull()
+    count = there.sum(dim)
+    mean = values.sum(dim, dtype="float64") / count.where(count > 0)
+    squares = ((values.astype("float64") - mean) ** 2).sum(dim).where(count > 0)
+    return Moments(count, mean, squares)
+
+
+def over(ds: xr.Dataset, measure: Measure | None = None, *, threads: int = THREADS) -> Moments:
+    """Mean and spread over the finished problems of a store, of its patterns or of any measure.
+
+    Args:
+        ds: An opened store.
+        measure: What is averaged, of a shard that is in memory: named arrays with the dim
+            `problem`; NaN for what does not exist. Default: `pattern`, NaN where there is no cell.
+        threads: Shards that are read and measured at once.
+
+    Returns:
+        Counts, means and squared deviations, float64. They do not depend on `threads`.
+
+    Raises:
+        InputError: There is no finished problem.
+
+    Example:
+        >>> from recipes import heads
+        >>> ds = probe.open("run.zarr")
+        >>> found = over(ds, lambda part: {"sink": heads.sink(part.pattern)})
+        >>> found.mean.sink.dims, int(found.count.sink[0, 0])
+        (('layer', 'head'), 2)
+    """
+    total: Moments | None = None
+    waiting: deque[Future[Moments]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for part in probe.shards(ds):
+            done = part.status.values == DONE
+            if not done.any():
+                continue
+            finished = part if done.all() else part.isel(problem=done)
+            waiting.append(pool.submit(_of, finished, measure))
+            if len(waiting) > threads:  # no more in memory than are worked on
+                total = _merged(total, waiting.popleft().result())
+        for future in waiting:
+            total = _merged(total, future.result())
+    if total is None:
+        raise InputError("the store has no finished problem. Wait, or resume its capture.")
+    return total
+
+
+def _of(part: xr.Dataset, measure: Measure | None) -> Moments:
+    if measure is None:
+        cells = part.pattern.load()
+        return moments(cells.where(probe.valid(part)).to_dataset(name="pattern"))
+    found = measure(part.load())
+    if isinstance(found, xr.DataArray):
+        found = found.to_dataset(name=found.name or "value")
+    values = found if isinstance(found, xr.Dataset) else xr.Dataset(found)
+    return moments(values.reset_coords(drop=True))
+
+
+def _merged(total: Moments | None, one: Moments) -> Moments:
+    return one if total is None else total.merge(one)
