@@ -48,6 +48,7 @@ class Ledger:
         self.data = tuple(name for name in names if name != "loss")
         self.step, self.block = cast("list[int]", self.attrs["layout"])
         arrays = self.arrays.values()
+        self.axes = {name: dims(array) for name, array in self.arrays.items()}
         self.sizes = {d: n for a in arrays for d, n in zip(dims(a), a.shape, strict=True)}
         self.ids = [str(name) for name in self._read("problem")]
         self._several = part[1] > 1
@@ -85,8 +86,8 @@ class Ledger:
 
     def shape(self, name: str, index: int) -> tuple[int, ...]:
         """Of one problem's own cells in an array, without the dim problem."""
-        own = {**self.sizes, "query": int(self.rows[index]), "key": int(self.columns[index])}
-        return tuple(own[dim] for dim in dims(self.arrays[name])[1:])
+        sizes, own = self.sizes, {"query": int(self.rows[index]), "key": int(self.columns[index])}
+        return tuple(own[dim] if dim in own else sizes[dim] for dim in self.axes[name][1:])
 
     @contextmanager
     def explained(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ def trimmed(ds: _Data, problem: str | int) -> _Data:
         InputError: There is no such problem, or `ds` has lost its labels.
 
     Example:
-        >>> probe.trimmed(probe.open("run.zarr"), "1").pattern.shape
+        >>> probe.trimmed(probe.open("run.zarr"), "0").pattern.shape
         (2, 4, 7, 7)
     """
     ids = _labelled(ds)["problem"].values

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from probe import disk
-from probe.arrays import dims
 from probe.errors import InputError
 from probe.ledger import SHARE, Ledger, Part
 from probe.line import Line
@@ -157,7 +156,7 @@ class Writer:
             InputError: Something does not fit the store.
             StoreError: The disk is full, or cannot be written.
         """
-        axes = dims(self._ledger.arrays[name])
+        axes = self._ledger.axes[name]
         first, layers = 0, self._ledger.sizes["layer"]
         if layer is not None:
             first, layers = layer, 1
@@ -176,7 +175,9 @@ class Writer:
                 continue
             pairs = zip(corner, own.shape[1:], strict=True)
             extent: Any = [slice(at, at + n) for at, n in pairs]
-            rows = np.array(which) - part.start
+            rows: Any = np.array(which) - part.start
+            if which[-1] - which[0] + 1 == len(which) and which == tuple(sorted(which)):
+                rows = slice(rows[0], rows[-1] + 1)  # many times as fast
             with np.errstate(over="ignore"):
                 self._block(part, name)[(rows, *extent)] = own
 
@@ -315,7 +316,7 @@ class Writer:
 
     def _require_fit(self, index: int, name: str, values: Array, first: int, layers: int) -> None:
         """Refuse values of another shape, and scores that the store's dtype cannot hold."""
-        axes, ledger = dims(self._ledger.arrays[name])[1:], self._ledger
+        ledger, axes = self._ledger, self._ledger.axes[name][1:]
         expected = ledger.shape(name, index)
         if layers < ledger.sizes["layer"]:
             expected = tuple(
@@ -336,7 +337,7 @@ class Writer:
 
     def _streams(self, name: str) -> bool:
         """Whether an array goes to its shard as it comes: its tiles hold one problem, one layer."""
-        grid, axes = self._grids[name], dims(self._ledger.arrays[name])
+        grid, axes = self._grids[name], self._ledger.axes[name]
         if grid is None or self._ledger.step > 1:
             return False
         return all(n == 1 for n, dim in zip(grid.tile, axes, strict=True) if dim in _STREAMED)

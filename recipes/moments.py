@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import xarray as xr
 
 import probe
@@ -71,11 +72,30 @@ def moments(values: xr.Dataset, dim: str = "problem") -> Moments:
         values: Numbers with this dim.
         dim: Over which.
     """
-    there = values.notnull()
-    count = there.sum(dim)
-    mean = values.sum(dim, dtype="float64") / count.where(count > 0)
-    squares = ((values.astype("float64") - mean) ** 2).sum(dim).where(count > 0)
+    found = {name: _of_array(x, dim) for name, x in values.data_vars.items()}
+    count, mean, squares = (xr.Dataset({n: one[k] for n, one in found.items()}) for k in range(3))
     return Moments(count, mean, squares)
+
+
+def _of_array(x: xr.DataArray, dim: str) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
+    axis = x.get_axis_num(dim)
+    wide = x.values.astype("float64")  # a copy, which is worked on in place
+    shape = xr.zeros_like(x.isel({dim: 0}, drop=True), "float64")
+    count: Any = wide.shape[axis]
+    total = wide.sum(axis)
+    missing = None
+    if np.isnan(total).any():
+        missing = np.isnan(wide)
+        count = count - missing.sum(axis)
+        wide[missing] = 0.0
+        total = wide.sum(axis)
+    mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    wide -= np.expand_dims(mean, axis)
+    if missing is not None:
+        wide[missing] = 0.0
+    squares = np.where(count > 0, np.square(wide, out=wide).sum(axis), np.nan)
+    counts = np.broadcast_to(np.asarray(count, "int64"), mean.shape)
+    return shape.copy(data=counts), shape.copy(data=mean), shape.copy(data=squares)
 
 
 def over(ds: xr.Dataset, measure: Measure | None = None, *, threads: int = THREADS) -> Moments:
