@@ -140,9 +140,9 @@ def over(ds: xr.Dataset, measure: Measure | None = None, *, threads: int = THREA
 
 def _of(part: xr.Dataset, measure: Measure | None) -> Moments:
     if measure is None:
-        cells = part.pattern.load()
-        return moments(cells.where(probe.valid(part)).to_dataset(name="pattern"))
-    found = measure(part.load())
+        found: Any = part.pattern.load().where(probe.valid(part))
+    else:
+        found = measure(part.load())
     if isinstance(found, xr.DataArray):
         found = found.to_dataset(name=found.name or "value")
     values = found if isinstance(found, xr.Dataset) else xr.Dataset(found)
