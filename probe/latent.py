@@ -26,6 +26,7 @@ from typing import Any, get_args
 import torch
 import xarray as xr
 from torch import Tensor
+from zarr.abc.store import Store
 
 from probe import schema
 from probe import store as stores
@@ -217,7 +218,7 @@ def _thought(reasoner: Reasoner, item: Item, latents: Tensor, ids: Sequence[int]
 def capture(
     reasoner: Reasoner,
     problems: object,
-    store: str | Path,
+    store: str | Path | Store,
     *,
     sites: Sequence[Site] | Site = ("pattern",),
     layers: Selector = None,
@@ -231,6 +232,8 @@ def capture(
     on_error: OnError = "record",
     overwrite: bool = False,
     progress: bool = True,
+    part: tuple[int, int] = (1, 1),
+    fsync: bool = False,
 ) -> xr.Dataset:
     """Let a reasoner answer questions, and store what its attention does meanwhile.
 
@@ -241,7 +244,7 @@ def capture(
         reasoner: From `load`; it runs in eval mode.
         problems: Anything that `probe.problems` reads; their texts are the questions, their field
             `answer` what is expected.
-        store: Folder of the store.
+        store: Folder of the store, or a zarr store object.
         sites: Of "pattern", "scores" and "z".
         layers: int, negative int, slice or list; default all.
         heads: Query heads, likewise.
@@ -256,6 +259,8 @@ def capture(
         on_error: As for `probe.capture`.
         overwrite: Replace a store that is there.
         progress: Show a progress bar on stderr.
+        part: (i, n): run the i-th of n parts: see `probe.capture`.
+        fsync: Force each shard to the disk: see `probe.capture`.
 
     Returns:
         The store, opened. Beside what `probe.capture` stores (segments bos, question, bot, latent,
@@ -273,7 +278,7 @@ def capture(
         StoreError: The store is of another run, foreign, in use, or the disk is full.
         WiringError: What was read is not what the model computed; nothing wrong is stored.
     """
-    require(store, on_error)
+    require(store, on_error, part)
     todo = plan(
         reasoner,
         problems,
@@ -296,7 +301,14 @@ def capture(
         compute=partial(read, reasoner, todo),
     )
     return run(
-        reasoner.model, work, store, on_error=on_error, overwrite=overwrite, progress=progress
+        reasoner.model,
+        work,
+        store,
+        on_error=on_error,
+        overwrite=overwrite,
+        progress=progress,
+        part=part,
+        fsync=fsync,
     )
 
 

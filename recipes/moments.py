@@ -140,13 +140,20 @@ def over(ds: xr.Dataset, measure: Measure | None = None, *, threads: int = THREA
 
 def _of(part: xr.Dataset, measure: Measure | None) -> Moments:
     if measure is None:
-        found: Any = part.pattern.load().where(probe.valid(part))
-    else:
-        found = measure(part.load())
+        cells = probe.valid(part).load()
+        each = [_patterns(part.pattern.isel(layer=[n]), cells) for n in range(part.sizes["layer"])]
+        fields = zip(*((one.count, one.mean, one.squares) for one in each), strict=True)
+        return Moments(*(xr.concat(layers, "layer") for layers in fields))
+    found: Any = measure(part.load())
     if isinstance(found, xr.DataArray):
         found = found.to_dataset(name=found.name or "value")
     values = found if isinstance(found, xr.Dataset) else xr.Dataset(found)
     return moments(values.reset_coords(drop=True))
+
+
+def _patterns(layer: xr.DataArray, cells: xr.DataArray) -> Moments:
+    """Of one layer, which is all that is in memory."""
+    return moments(layer.load().where(cells).reset_coords(drop=True).to_dataset(name="pattern"))
 
 
 def _merged(total: Moments | None, one: Moments) -> Moments:

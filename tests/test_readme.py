@@ -8,7 +8,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_python_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     script = tmp_path / "session.py"  # a file: nnsight reads the source of a trace
     script.write_text("\n".join(blocks), encoding="utf-8")
     done = subprocess.run(

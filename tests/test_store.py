@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +299,24 @@ def test_reading_a_store_needs_no_torch(path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_stores_of_earlier_versions_open_and_are_gone_on_with(tmp_path: Path) -> None:
+    """Schema probe/1 as zarr-python wrote it, without checksums: before shards were our own."""
+    with zipfile.ZipFile(ROOT / "tests/data/probe-1-by-zarr-python.zip") as packed:
+        packed.extractall(tmp_path)
+    tiny, full = tmp_path / "tiny.zarr", tmp_path / "full.zarr"
+    check(store.open(tiny), TINY)
+    assert store.verify(tiny) == []
+    some = [labels(i, n) for i, n in enumerate((70, 3, 66))]
+    ds = store.open(full)
+    assert ds.status.values.tolist() == [schema.DONE, schema.FAILED]
+    check(ds, some)
+    with store.resume(full, config=CONFIG) as writer:
+        assert writer.pending() == [(1,), (2,)]
+        for i in (1, 2):
+            arrays = {name: [result(name, some[i], i)] for name in ("pattern", "scores")}
+            writer.append([i], arrays, loss=[i / 2])
+    check(store.open(full), some)
+    assert store.open(full).sizes["problem"] == 3
+    assert store.verify(full) == []
