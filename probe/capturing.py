@@ -1,14 +1,19 @@
 """The run: a model reads problems, and what its attention does goes into a store."""
 
+import math
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xarray as xr
 from zarr.abc.store import Store
 
 from probe import store as stores
+from probe.disk import size
+from probe.errors import InputError
 from probe.interventions import Intervention
 from probe.model import Model
 from probe.planning import plan
@@ -17,6 +22,7 @@ from probe.reading import read
 from probe.running import OnError, Work, require, run
 from probe.schema import Site
 from probe.selection import Selector
+from probe.summing import SummaryWriter
 
 
 def capture(
@@ -30,6 +36,7 @@ def capture(
     queries: Selector = None,
     keys: Selector = None,
     interventions: Sequence[Intervention] = (),
+    reduce: Literal["moments"] | None = None,
     dtype: str = "float16",
     batch_size: int | None = None,
     max_length: int | None = None,
@@ -59,6 +66,10 @@ def capture(
         keys: Columns, likewise.
         interventions: What to change: see `Model.intervene`. They are recorded as data. What is
             stored is what the model then did.
+        reduce: "moments" to store no matrices but their mean and spread over problems, float32,
+            cell by cell of the stored rows and columns: what fits in memory for any number of
+            problems, none of them generated. `recipes.moments.stored` reads them. A run that is
+            killed loses about a minute.
         dtype: "float16" or "float32".
         batch_size: Problems in a batch at most. A problem's numbers do not depend on it beyond the
             rounding of the model's own kernel (about 1e-6 in float32, a few percent in bfloat16).
@@ -89,6 +100,7 @@ def capture(
         (6, 10)
     """
     require(store, on_error, part)
+    _check_reduce(reduce, sites, max_new_tokens)
     todo = plan(
         model,
         problems,
@@ -97,20 +109,23 @@ def capture(
         heads=heads,
         queries=queries,
         keys=keys,
-        dtype=dtype,
+        dtype="float32" if reduce else dtype,
         batch_size=batch_size,
         max_length=max_length,
         max_new_tokens=max_new_tokens,
         interventions=interventions,
     )
+    if reduce:
+        todo = _summary(todo)
     work = Work(
         items=todo.items,
         batches=todo.batches,
         config=todo.config,
-        size=todo.stored,
-        create=partial(_create, model, todo),
+        size=_size(todo) if reduce else todo.stored,
+        create=partial(_create, model, todo, reduce),
         compute=partial(read, model, todo),
         puts=True,
+        around=SummaryWriter if reduce else None,
     )
     return run(
         model,
@@ -124,16 +139,46 @@ def capture(
     )
 
 
-def _create(model: Model, todo: Plan, where: object, **options: Any) -> stores.Writer:
+def _check_reduce(reduce: object, sites: object, max_new_tokens: int) -> None:
+    if reduce not in (None, "moments"):
+        raise InputError(f"reduce={reduce!r:.40}. Choose 'moments', or None to store matrices.")
+    if reduce and sites not in ("pattern", ("pattern",), ["pattern"]):
+        raise InputError(f"reduce='moments' keeps those of the pattern, not of {sites!r:.40}.")
+    if reduce and max_new_tokens:
+        raise InputError(
+            f"reduce='moments' with {max_new_tokens=}: rows of one number would be of other tokens "
+            "in each problem. Generate first, and capture the whole texts."
+        )
+
+
+def _size(todo: Plan) -> int:
+    """Bytes of mean and squared deviations, which are in memory while it runs."""
+    return 8 * math.prod([len(todo.layers), len(todo.heads), *todo.sizes.values()])
+
+
+def _summary(todo: Plan) -> Plan:
+    """The same, as a store of moments records it."""
+    need, have = _size(todo), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise InputError(
+            f"the moments need {size(need)} of memory, and this machine has {size(have)}. Select "
+            "fewer layers, heads, queries or keys."
+        )
+    return replace(todo, config={**todo.config, "reduce": "moments"})
+
+
+def _create(
+    model: Model, todo: Plan, reduce: str | None, where: object, **options: Any
+) -> stores.Writer:
     return stores.create(
         where,
         labels=[item.labels(model) for item in todo.items],
         layers=todo.layers,
         heads=todo.heads,
         config=todo.config,
-        sites=todo.sites,
+        sites=() if reduce else todo.sites,
         sizes=todo.sizes | {"head_dim": todo.z_width},
         dtype=todo.dtype,
-        attrs=todo.attrs,
+        attrs={**todo.attrs, **({"reduce": reduce} if reduce else {})},
         **options,
     )

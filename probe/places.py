@@ -92,7 +92,7 @@ class Folder:
     def children(self, key: str) -> list[str]:
         try:
             return [item.name for item in (self.path / key).iterdir()]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def remove(self, key: str) -> None:

@@ -63,6 +63,7 @@ class Work:
         create: Makes the store: `create(path, **options)`, see `probe.store.create`.
         compute: `compute(batch, proof=...)` gives what was computed of each problem of a batch;
             `proof` until a batch has succeeded in this run.
+        around: What takes the results instead of the writer: it is given that, and the part.
         puts: Whether `compute` takes a writer as well, and puts the arrays there layer by layer.
     """
 
@@ -73,13 +74,14 @@ class Work:
     create: Callable[..., stores.Writer]
     compute: Callable[..., Sequence[Reading]]
     puts: bool = False
+    around: Callable[[stores.Writer, tuple[int, int]], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Into:
     """Where a batch's arrays go while it is computed: into a store, but for what that has."""
 
-    writer: stores.Writer
+    writer: Any
     batch: Sequence[int]
     pending: Container[int]
 
@@ -151,7 +153,8 @@ def run(
         stack.enter_context(reading(model.module))
         if new:
             _require_room(work.size, where)
-        writer = stack.enter_context(_writer(work, where, new, overwrite, options))
+        own = stack.enter_context(_writer(work, where, new, overwrite, options))
+        writer: Any = stack.enter_context(work.around(own, part)) if work.around else own
         pending = {i for shard in writer.pending() for i in shard}
         # Batches stay as planned whatever is done already: in another batch a number may differ in
         # its last bit, and a resumed run must equal an uninterrupted one.

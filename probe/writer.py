@@ -73,6 +73,16 @@ class Writer:
         self.close()
 
     @property
+    def place(self) -> Place:
+        """Where the store is."""
+        return self._place
+
+    @property
+    def published(self) -> bool:
+        """Whether the store has its name."""
+        return self._publish is None
+
+    @property
     def status(self) -> npt.NDArray[np.uint8]:
         """Status of every problem on disk: 0 empty, 1 done, 2 failed. A copy, uint8."""
         self.wait()
@@ -233,6 +243,19 @@ class Writer:
         self._line.do(self._ledger.save)
         self._line.wait()
 
+    def save(self) -> None:
+        """Have all on the disk that is done, also of shards that are not complete yet.
+
+        Raises:
+            StoreError: The disk is full, or cannot be written.
+        """
+        start = time.monotonic()
+        for part in self._parts.values():
+            if part.arrived:
+                self._commit(part)
+        self.wait()  # blocks are filled further
+        self._saved, self._took = time.monotonic(), time.monotonic() - start
+
     def publish(self) -> None:
         """Give a store that was created `hidden` its name. Calling it again does nothing."""
         if self._publish is not None:
@@ -378,12 +401,7 @@ class Writer:
         if len(part.arrived) == part.missing:
             self._commit(self._parts.pop(part.start))
         elif time.monotonic() - self._saved > max(SECONDS, SHARE * self._took):
-            start = time.monotonic()
-            for one in self._parts.values():
-                if one.arrived:
-                    self._commit(one)
-            self.wait()  # its blocks are filled further
-            self._saved, self._took = time.monotonic(), time.monotonic() - start
+            self.save()
 
     def _commit(self, part: Part) -> None:
         """Have what has come of a part kept, after all that is on its way."""

@@ -161,6 +161,9 @@ def capture(
     overwrite: Overwrite = False,
     part: Part = "1/1",
     fsync: Annotated[bool, typer.Option(help="Force each file to the disk at once.")] = False,
+    reduce: Annotated[
+        str | None, typer.Option(help="moments: keep only mean and spread over problems.")
+    ] = None,
     plan: Annotated[bool, typer.Option(help="Only say what would be done.")] = False,
 ) -> None:
     """Run problems through a model into a store; the same command again resumes."""
@@ -182,7 +185,7 @@ def capture(
             typer.echo(str(probe.plan(loaded, chosen, **options)))
             return
         more: dict[str, Any] = {"on_error": on_error, "overwrite": overwrite}
-        more |= {"part": parted(part), "fsync": fsync}
+        more |= {"part": parted(part), "fsync": fsync, "reduce": reduce}
         ds = probe.capture(loaded, chosen, out, **options, **more)
     typer.echo(f"{progress(ds)}: {out}")
     echo_failures(ds)

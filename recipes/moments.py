@@ -16,7 +16,9 @@ import xarray as xr
 
 import probe
 from probe.errors import InputError
+from probe.places import place
 from probe.schema import DONE
+from probe.summing import kept
 
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -120,6 +122,8 @@ def over(ds: xr.Dataset, measure: Measure | None = None, *, threads: int = THREA
         >>> found.mean.sink.dims, int(found.count.sink[0, 0])
         (('layer', 'head'), 2)
     """
+    if measure is None and "pattern" not in ds:
+        raise InputError("the store holds no pattern. Give a measure; or see moments.stored.")
     total: Moments | None = None
     waiting: deque[Future[Moments]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -135,6 +139,46 @@ def over(ds: xr.Dataset, measure: Measure | None = None, *, threads: int = THREA
             total = _merged(total, future.result())
     if total is None:
         raise InputError("the store has no finished problem. Wait, or resume its capture.")
+    return total
+
+
+def stored(where: object) -> Moments:
+    """Moments of `pattern` that a capture with `reduce="moments"` has kept.
+
+    Args:
+        where: Folder of its store, or a zarr store object.
+
+    Returns:
+        (layer, head, query, key), of the problems that are done; float64, from sums in float32.
+
+    Raises:
+        StoreError: It is no store.
+        InputError: The store has no moments, or not yet.
+
+    Example:
+        >>> model = probe.load("demo-llama")
+        >>> run = probe.capture(model, ["abc", "abd"], "m.zarr", reduce="moments", progress=False)
+        >>> stored("m.zarr").mean.pattern.dims
+        ('layer', 'head', 'query', 'key')
+    """
+    ds = probe.open(where)
+    axes = ("layer", "head", "query", "key")
+    coords = {name: ds[name].values for name in axes}
+    total: Moments | None = None
+    for one in kept(place(where)):
+        shape, seen = one.mean.shape, one.count > 0
+        fields = (
+            np.broadcast_to(one.count, shape).astype("int64"),
+            np.where(seen, one.mean.astype("float64"), np.nan),
+            np.where(seen, one.squares.astype("float64"), np.nan),
+        )
+        data = (xr.Dataset({"pattern": (axes, field)}, coords) for field in fields)
+        total = _merged(total, Moments(*data))
+    if total is None:
+        raise InputError(
+            "this store has no moments. Make one with probe.capture(..., reduce='moments'), or "
+            "measure stored matrices with recipes.moments.over."
+        )
     return total
 
 

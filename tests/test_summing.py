@@ -1,0 +1,155 @@
+"""Moments kept while a capture runs, against those of what it would have stored."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from zarr.storage import MemoryStore
+
+import probe
+from probe import demos, summing
+from probe.errors import InputError, StoreError
+from probe.model import Model
+from recipes.moments import over, stored
+from tests.stores import says
+
+PROBLEMS = [ids[:n] for n in (5, 30, 1, 12) for ids in demos.repeated(20, 3, seed=n)]
+quietly: dict[str, Any] = {"progress": False}
+moments: dict[str, Any] = {"reduce": "moments"}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    with probe.load("demo-llama", device="cpu") as loaded:
+        yield loaded
+
+
+def same(found: Any, known: Any) -> None:
+    np.testing.assert_array_equal(found.count.pattern, known.count.pattern)
+    np.testing.assert_allclose(found.mean.pattern, known.mean.pattern, rtol=2e-6, atol=1e-9)
+    deviation = abs(found.std().pattern - known.std().pattern)
+    assert float(deviation.max()) < 1e-6
+    np.testing.assert_array_equal(found.mean.pattern.isnull(), known.mean.pattern.isnull())
+
+
+@pytest.mark.parametrize("selection", [{}, {"queries": "last:2", "layers": [1, 0], "heads": [3]}])
+def test_they_are_those_of_all_matrices(
+    model: Model, tmp_path: Path, selection: dict[str, Any]
+) -> None:
+    whole = probe.capture(
+        model, PROBLEMS, tmp_path / "whole", dtype="float32", **selection, **quietly
+    )
+    for where in (tmp_path / "m", MemoryStore()):
+        ds = probe.capture(model, PROBLEMS, where, reduce="moments", **selection, **quietly)
+        assert "pattern" not in ds
+        np.testing.assert_allclose(ds.loss, whole.loss, rtol=1e-6)
+        found = stored(where)
+        same(found, over(whole))
+        assert found.mean.pattern.layer.values.tolist() == whole.layer.values.tolist()
+        again = probe.capture(model, PROBLEMS, where, reduce="moments", **selection, **quietly)
+        xr.testing.assert_identical(again.load(), ds.load())
+        xr.testing.assert_identical(stored(where).mean, found.mean)
+
+
+def test_parts_are_merged(model: Model, tmp_path: Path) -> None:
+    whole = probe.capture(model, PROBLEMS, tmp_path / "whole", dtype="float32", **quietly)
+    for i in (1, 2, 3):
+        probe.capture(model, PROBLEMS, tmp_path / "m", reduce="moments", part=(i, 3), **quietly)
+    assert sorted(os.listdir(tmp_path / "m/moments")) == [  # noqa: PTH208
+        "1-of-3",
+        "2-of-3",
+        "3-of-3",
+        "zarr.json",
+    ]
+    same(stored(tmp_path / "m"), over(whole))
+
+
+KILLED = """if True:
+    import os, signal, sys
+    import probe
+    from probe import summing
+    from tests.test_summing import PROBLEMS
+    summing.SECONDS = summing.SHARE = 0
+    real, seen, when, after = summing._create, [], sys.argv[2], int(sys.argv[3])
+    def create(group, name, values):
+        real(group, name, values)
+        if name == when:
+            seen.append(1)
+            if len(seen) == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+    summing._create = create
+    probe.capture(probe.load("demo-llama"), PROBLEMS, sys.argv[1], reduce="moments", batch_size=2,
+                  progress=False)
+"""
+
+
+@pytest.mark.parametrize(("when", "after"), [("mean", 3), ("loss", 2), ("members", 3)])
+def test_a_run_that_dies_counts_no_problem_twice(
+    model: Model, tmp_path: Path, when: str, after: int
+) -> None:
+    path = tmp_path / "m"
+    command = [sys.executable, "-c", KILLED, str(path), when, str(after)]
+    done = subprocess.run(command, check=False, cwd=Path(__file__).parents[1], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    before = probe.open(path).sizes["problem"]
+    assert 0 < before < len(PROBLEMS)
+    found = int(stored(path).count.pattern.max())
+    assert found >= before if when == "members" else found == before
+    ds = probe.capture(model, PROBLEMS, path, reduce="moments", batch_size=2, **quietly)
+    whole = probe.capture(model, PROBLEMS, tmp_path / "w", dtype="float32", batch_size=2, **quietly)
+    same(stored(path), over(whole))
+    np.testing.assert_allclose(ds.loss, whole.loss, rtol=1e-6)
+    assert len(summing._generations(probe.places.place(path), "moments/1-of-1")) == 1
+
+
+def test_a_problem_that_fails_is_not_counted(model: Model, tmp_path: Path) -> None:
+    def break_on(module: Any, arguments: Any, named: Any) -> None:
+        if named["input_ids"].shape[1] == 12:
+            raise RuntimeError("too long for this machine")
+
+    hook = model.module.register_forward_pre_hook(break_on, with_kwargs=True)
+    options: dict[str, Any] = {"reduce": "moments", "batch_size": 1, "progress": False}
+    ds = probe.capture(model, PROBLEMS, tmp_path / "m", **options)
+    hook.remove()
+    assert ds.status.values.tolist() == [1] * 9 + [2] * 3
+    assert int(stored(tmp_path / "m").count.pattern.max()) == 9
+    probe.capture(model, PROBLEMS, tmp_path / "m", **options)
+    assert int(stored(tmp_path / "m").count.pattern.max()) == 12
+
+
+def test_what_cannot_be_summed_is_refused(model: Model, tmp_path: Path) -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"reduce": "mean"}, "reduce='mean'. Choose 'moments', or None to store matrices."),
+        ({"sites": "z"}, "reduce='moments' keeps those of the pattern, not of 'z'."),
+        (
+            {"max_new_tokens": 3},
+            "reduce='moments' with max_new_tokens=3: rows of one number would be of other tokens "
+            "in each problem. Generate first, and capture the whole texts.",
+        ),
+    ]
+    for options, message in refused:
+        with pytest.raises(InputError, match=says(message)):
+            probe.capture(model, PROBLEMS, tmp_path / "m", **quietly, **{**moments, **options})
+    assert not (tmp_path / "m").exists()
+    ds = probe.capture(model, PROBLEMS[:2], tmp_path / "m", reduce="moments", **quietly)
+    with pytest.raises(InputError, match="the store holds no pattern"):
+        over(ds)
+    with pytest.raises(StoreError, match="reduce moments, now absent"):
+        probe.capture(model, PROBLEMS[:2], tmp_path / "m", dtype="float32", **quietly)
+    probe.capture(model, PROBLEMS[:2], tmp_path / "s", **quietly)
+    with pytest.raises(InputError, match="this store has no moments"):
+        stored(tmp_path / "s")
+
+
+def test_moments_that_do_not_fit_in_memory_are_refused(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 64)
+    with pytest.raises(InputError, match=r"^the moments need 57\.6 kB of memory, and this machine"):
+        probe.capture(model, PROBLEMS, tmp_path / "m", reduce="moments", **quietly)
