@@ -12,6 +12,8 @@ from probe import schema
 from probe.errors import InputError
 from probe.schema import Labels
 
+_CODE = "probability = (value / {}) ** 2"
+
 
 def lengths(
     labels: Sequence[Labels],
@@ -66,6 +68,7 @@ def make_arrays(
         shard: tuple[int, ...] | None = None,
         level: int = 1,
     ) -> None:
+        coded = shard is not None and spec.dtype.startswith("uint")
         group.create_array(
             name,
             shape=tuple(sizes[dim] for dim in spec.dims),
@@ -75,6 +78,7 @@ def make_arrays(
             fill_value=spec.fill,
             compressors=ZstdCodec(level=level, checksum=True),  # a flipped byte is an error
             dimension_names=spec.dims,
+            attributes={"code": _CODE.format(np.iinfo(spec.dtype).max)} if coded else {},
         )
 
     for name, spec in arrays.items():

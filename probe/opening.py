@@ -15,7 +15,7 @@ from xarray.core import indexing
 from probe.arrays import dims, named
 from probe.errors import InputError, StoreError
 from probe.places import Objects, Place, place
-from probe.schema import DONE, EMPTY
+from probe.schema import DONE, EMPTY, decoded
 from probe.stories import attributes
 from probe.verifying import damage, expected
 
@@ -65,9 +65,10 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
     # stores of earlier versions have no file for shards that hold nothing
     whole = bool(attrs.get("whole_shards"))
     for name, array in arrays.items():
-        if array.dtype.kind == "f" and array.shards:
+        if array.dtype.kind in "fu" and array.shards:
             lazy = indexing.LazilyIndexedArray(Stored(where, name, array, status, whole))
-            ds[name] = xr.Variable(dims(array), lazy, ds[name].attrs, ds[name].encoding)
+            how = {k: v for k, v in ds[name].encoding.items() if k in ("chunks", "shards")}
+            ds[name] = xr.Variable(dims(array), lazy, ds[name].attrs, how)
             if chunks:
                 ds[name] = _chunked(ds[name], array.shards)
     run = np.flatnonzero(status != EMPTY)
@@ -103,7 +104,8 @@ class Stored(BackendArray):
         status: npt.NDArray[Any],
         whole: bool,
     ) -> None:
-        self.shape, self.dtype = array.shape, array.dtype
+        self.shape, self._coded = array.shape, array.dtype.kind == "u"
+        self.dtype = np.dtype("float32") if self._coded else array.dtype
         self._where, self._name, self._array = where, name, array
         self._status, self._whole = status, whole
 
@@ -117,7 +119,8 @@ class Stored(BackendArray):
                 if not self._where.exists(shard):
                     self._explain(key, "it is missing")
         try:
-            return self._array.oindex[key]
+            found = np.asarray(self._array.oindex[key])
+            return decoded(found) if self._coded else found
         except Exception as error:  # each pipeline has kinds of its own
             self._explain(key, str(error))
             raise

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 
@@ -19,7 +19,7 @@ from probe.model import Model
 from probe.plans import Item, Plan
 from probe.problems import Problem, Problems
 from probe.problems import problems as read_problems
-from probe.schema import Site
+from probe.schema import DType, Site
 from probe.selection import Selector
 
 SITES: tuple[Site, ...] = ("pattern", "scores", "z")
@@ -54,7 +54,7 @@ def plan(
         heads: Query heads, likewise.
         queries: Rows, likewise, or "last:6", "first:6", "segment:text".
         keys: Columns, likewise.
-        dtype: "float16" or "float32".
+        dtype: "float16" or "float32"; or codes, for patterns alone: see `capture`.
         batch_size: Problems in a batch at most; default as many as keep a batch small.
         max_length: Longer problems are cut to so many tokens.
         max_new_tokens: The model goes on greedily, so many tokens at most.
@@ -209,8 +209,13 @@ def _check(sites: Sequence[str], dtype: str, batch: int | None, length: int | No
     unknown = [site for site in sites if site not in SITES]
     if unknown or not sites or len(set(sites)) < len(sites):
         raise InputError(f"sites={tuple(sites)!r}. Choose from {', '.join(SITES)}, each once.")
-    if dtype not in ("float16", "float32"):
-        raise InputError(f"dtype={dtype!r}. Choose 'float16' or 'float32'.")
+    if dtype not in get_args(DType):
+        raise InputError(
+            f"dtype={dtype!r}. Choose 'float16' or 'float32'. "
+            "'uint16' and 'uint8' are codes of patterns."
+        )
+    if dtype.startswith("uint") and tuple(sites) != ("pattern",):
+        raise InputError(f"dtype={dtype!r} holds patterns, not {', '.join(sites)}. Use 'float16'.")
     for name, value in (("batch_size", batch), ("max_length", length)):
         if value is not None and (type(value) is not int or value < 1):
             raise InputError(f"{name}={value!r}. It must be an int of at least 1.")

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from probe import schema
 from probe.attention import Site as MatrixSite
 from probe.disk import size as readable
@@ -107,7 +109,7 @@ class Plan:
         cells = squares * len(self.matrices)
         if "z" in self.sites:
             cells += sum(len(item.queries) for item in self.items) * self.z_width
-        width = 2 if self.dtype == "float16" else 4
+        width = np.dtype(self.dtype).itemsize
         return cells * len(self.layers) * len(self.heads) * width
 
     @property
@@ -128,7 +130,8 @@ class Plan:
         """Bytes expected on disk: measured ratios of trained models, 0.4 (0.65 when tiny)."""
         tiny = all(len(item.queries) * len(item.keys) <= TINY_CELLS for item in self.items)
         share = 0.65 if tiny else 0.4
-        return int(self.bytes * (share if self.dtype == "float16" else min(1.0, 1.2 * share)))
+        factor = {"float32": 1.2, "uint16": 1.07, "uint8": 0.57}.get(self.dtype, 1.0)
+        return int(self.bytes * min(1.0, factor * share))
 
     @property
     def layout(self) -> Layout:

@@ -54,7 +54,7 @@ def read(
     for n, item in enumerate(items):
         into.begin(n, item.labels(model) if todo.max_new_tokens else None)
     heads = todo.some_heads(model.tap.shape(todo.layers).heads)
-    dtype = getattr(torch, todo.dtype)
+    dtype = computed(todo)
 
     def visit(layer: int, attention: AttentionEnvoy) -> None:
         seen = attention.seen
@@ -80,6 +80,11 @@ def read(
     if todo.max_new_tokens and len(items) > 1:
         _require_greedy(logits, items, prompts.tolist())
     return [Reading({}, loss) for loss in _losses(logits, items, prompts.tolist())]
+
+
+def computed(todo: Plan) -> torch.dtype:
+    """In what numbers leave the model: codes are made where they are written."""
+    return torch.float16 if todo.dtype == "float16" else torch.float32
 
 
 def generated(

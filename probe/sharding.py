@@ -20,6 +20,7 @@ import zarr
 import zstandard
 
 from probe.places import Incoming, Place
+from probe.schema import coded
 
 ABSENT = 2**64 - 1
 JOB = 2 * 2**20  # raw bytes that a thread encodes at once
@@ -53,7 +54,8 @@ def grid(name: str, array: "zarr.Array[Any]") -> Grid | None:
     """The grid of an array of ours; None where zarr-python has to write it."""
     found: Any = array.compressors
     codecs = [codec.to_dict() for codec in found]
-    if array.shards is None or [c["name"] for c in codecs] != ["zstd"] or array.dtype.kind != "f":
+    known = [codec["name"] for codec in codecs] == ["zstd"] and array.dtype.kind in "fu"
+    if array.shards is None or not known:
         return None
     options = codecs[0]["configuration"]
     fill = array.dtype.type(array.fill_value)
@@ -85,6 +87,14 @@ def cut(grid: Grid, start: Sequence[int], block: Array) -> Iterator[Cut]:
         yield shard, number, block[cells]
 
 
+def cast(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Values in the dtype that is stored: cast, or coded."""
+    if dtype.kind == "u":
+        return coded(values, dtype)
+    with np.errstate(over="ignore"):
+        return values.astype(dtype)
+
+
 def encode(grid: Grid, tiles: Sequence[tuple[int, Array]]) -> list[tuple[int, bytes]]:
     """Tiles as they lie in a shard, in the stored dtype; those that hold only the fill are none."""
     room, compressor = _tools(grid)
@@ -92,8 +102,7 @@ def encode(grid: Grid, tiles: Sequence[tuple[int, Array]]) -> list[tuple[int, by
     for number, view in tiles:
         here = view
         if view.dtype != grid.dtype:
-            with np.errstate(over="ignore"):
-                here = view.astype(grid.dtype)
+            here = cast(view, grid.dtype)
         if _is_empty(grid, here):
             continue
         if here.shape != grid.tile:

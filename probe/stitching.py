@@ -22,6 +22,7 @@ from probe.interventions import Intervention, of_items
 from probe.matrices import Readable
 from probe.planning import continued
 from probe.plans import Item, Plan
+from probe.reading import computed
 from probe.reasoners import Reasoner
 from probe.running import Reading
 from probe.schema import PARTS, Labels
@@ -186,7 +187,7 @@ def _rows(items: Sequence[Item], pads: Sequence[int]) -> tuple[int, int]:
 
 def _space(todo: Plan, item: Item) -> dict[str, Tensor]:
     layers, heads, rows = len(todo.layers), len(todo.heads), len(item.queries)
-    dtype = getattr(torch, todo.dtype)
+    dtype = computed(todo)
     shapes: dict[str, tuple[int, ...]] = {
         site: (layers, heads, rows, len(item.keys)) for site in todo.matrices
     }

@@ -76,10 +76,11 @@ def story(
     loss: bool,
 ) -> dict[str, Any]:
     """The attributes of a new store: what it is, how it was made, with what."""
+    coded = any(one.dtype.startswith("uint") for one in arrays.values())
     made, more = plain(config, "config"), plain(attrs, "attrs")
     versions = {module.__name__: module.__version__ for module in (np, xr, zarr)}
     return more | {
-        "schema": schema.SCHEMA,
+        "schema": schema.CODED if coded else schema.SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions | more.get("versions", {}),
         "config": made,

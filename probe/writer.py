@@ -24,7 +24,7 @@ from probe.ledger import SHARE, Ledger, Part
 from probe.line import Line
 from probe.places import Folder, Place
 from probe.schema import DONE, FAILED, Labels
-from probe.sharding import Shard, cut, encode, grid
+from probe.sharding import Shard, cast, cut, encode, grid
 
 _STREAMED = ("problem", "layer")
 ENCODERS = min(4, os.cpu_count() or 1)
@@ -188,8 +188,9 @@ class Writer:
             rows: Any = np.array(which) - part.start
             if which[-1] - which[0] + 1 == len(which) and which == tuple(sorted(which)):
                 rows = slice(rows[0], rows[-1] + 1)  # many times as fast
-            with np.errstate(over="ignore"):
-                self._block(part, name)[(rows, *extent)] = own
+            block = self._block(part, name)
+            same = own.dtype.kind in "OT" or own.dtype == block.dtype
+            block[(rows, *extent)] = own if same else cast(own, block.dtype)
 
     def done(self, index: int, loss: float = np.nan) -> None:
         """Say that all of a problem has been put.
@@ -350,13 +351,17 @@ class Writer:
                 f"{name} of problem {ledger.ids[index]!r} has shape {values.shape[1:]}. "
                 f"Give ({', '.join(axes)}) = {expected}."
             )
-        if name == "scores" and values.size:
-            dtype = ledger.arrays[name].dtype
-            if values.max() > np.finfo(dtype).max:
-                raise InputError(
-                    f"scores of problem {ledger.ids[index]!r} pass what {dtype} holds "
-                    f"({np.finfo(dtype).max:.0f}). Use dtype='float32'."
-                )
+        dtype = ledger.arrays[name].dtype
+        if dtype.kind == "u" and values.size and not (values.min() >= 0 and values.max() < 1.001):
+            raise InputError(
+                f"{name} of problem {ledger.ids[index]!r} goes from {values.min():.3g} to "
+                f"{values.max():.3g}, and codes are of probabilities. Use dtype='float16'."
+            )
+        if name == "scores" and values.size and values.max() > np.finfo(dtype).max:
+            raise InputError(
+                f"scores of problem {ledger.ids[index]!r} pass what {dtype} holds "
+                f"({np.finfo(dtype).max:.0f}). Use dtype='float32'."
+            )
 
     def _streams(self, name: str) -> bool:
         """Whether an array goes to its shard as it comes: its tiles hold one problem, one layer."""
