@@ -71,8 +71,8 @@ def capture(
             problems, none of them generated. `recipes.moments.stored` reads them. A run that is
             killed loses about a minute.
         dtype: "float16" or "float32". Or codes, for patterns alone, which `probe.open` decodes:
-            "uint16" (7 % more bytes than float16 and ten times as exact) or "uint8" (a third of the
-            bytes, for previews: rows sum to 1 within .01); see `probe.schema.coded`.
+            "uint16" (about the bytes of float16, and ten times as exact) or "uint8" (four tenths of
+            them, for previews: rows sum to 1 within .01); see `probe.schema.coded`.
         batch_size: Problems in a batch at most. A problem's numbers do not depend on it beyond the
             rounding of the model's own kernel (about 1e-6 in float32, a few percent in bfloat16).
         max_length: Longer problems are cut to so many tokens.

@@ -80,6 +80,15 @@ class Ledger:
         todo = [i for i in np.flatnonzero(self.status != DONE).tolist() if i in self.own]
         return [tuple(shard) for _, shard in groupby(todo, lambda i: i // self.step)]
 
+    def discard(self) -> None:
+        """Delete data of shards of ours in which nothing is done: a dead process left it there."""
+        for name in self.data:
+            for item in self.place.children(f"{name}/c"):
+                start = int(item) * self.step if item.isdigit() else -1
+                done = (self.status[start : start + self.step] == DONE).any()
+                if start in self.own and not done:
+                    self.place.remove(f"{name}/c/{item}")
+
     def all_done(self) -> bool:
         """Whether nothing is left to do for any writer of several."""
         return self._several and bool((self._read("status") == DONE).all())

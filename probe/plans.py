@@ -130,7 +130,7 @@ class Plan:
         """Bytes expected on disk: measured ratios of trained models, 0.4 (0.65 when tiny)."""
         tiny = all(len(item.queries) * len(item.keys) <= TINY_CELLS for item in self.items)
         share = 0.65 if tiny else 0.4
-        factor = {"float32": 1.2, "uint16": 1.07, "uint8": 0.57}.get(self.dtype, 1.0)
+        factor = {"float32": 1.2, "uint16": 1.07, "uint8": 0.84}.get(self.dtype, 1.0)
         return int(self.bytes * min(1.0, factor * share))
 
     @property

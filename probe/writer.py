@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from probe import disk
+from probe.arrivals import Arrivals
 from probe.errors import InputError
 from probe.ledger import SHARE, Ledger, Part
 from probe.line import Line
@@ -57,11 +58,10 @@ class Writer:
         self._place = place
         self._publish, self._drop_store = publish, discard
         self._grids = {name: grid(name, ledger.arrays[name]) for name in ledger.data}
-        self._parts: dict[int, Part] = {}
-        self._taken = ledger.status == DONE
+        self._arrivals = Arrivals(ledger)
         self._open: set[Shard] = set()
         self._saved, self._took = time.monotonic(), 0.0
-        self._discard()
+        ledger.discard()
         self._line = Line(ENCODERS, DEPTH, ledger.tend)
 
     def __enter__(self) -> Self:
@@ -148,7 +148,7 @@ class Writer:
                 self._line.do(partial(self._abandon, shard))
             part.shards.clear()
         if labels is not None:
-            self._relabel(part, index, labels)
+            self._arrivals.relabel(part, index, labels)
 
     def put(
         self, indices: Sequence[int], name: str, values: Array, layer: int | None = None
@@ -176,7 +176,7 @@ class Writer:
             own = values[where[0] : where[-1] + 1]
             for index in which:
                 part = self._part(index)
-                self._require_fit(index, name, own, first, layers)
+                self._arrivals.require_fit(index, name, own, layer)
                 came = part.came.setdefault(index, {})
                 came[name] = came.get(name, 0) + layers
             corner = [first if dim == "layer" else 0 for dim in axes[1:]]
@@ -212,7 +212,7 @@ class Writer:
                     "Put each once before it is done."
                 )
         part.arrived[index] = (DONE, loss, "")
-        self._taken[index] = True
+        self._arrivals.taken[index] = True
         self._commit_if_due(part)
 
     def fail(self, index: int, reason: str) -> None:
@@ -251,7 +251,7 @@ class Writer:
             StoreError: The disk is full, or cannot be written.
         """
         start = time.monotonic()
-        for part in self._parts.values():
+        for part in self._arrivals.parts.values():
             if part.arrived:
                 self._commit(part)
         self.wait()  # blocks are filled further
@@ -271,8 +271,8 @@ class Writer:
             return
         try:
             if self._publish is None:
-                for start in list(self._parts):
-                    part = self._parts.pop(start)
+                for start in list(self._arrivals.parts):
+                    part = self._arrivals.parts.pop(start)
                     if part.arrived:
                         self._commit(part)
                 self.wait()
@@ -287,81 +287,10 @@ class Writer:
         if isinstance(self._place, Folder) and self._ledger.all_done():
             disk.tidy(self._place.path)
 
-    def _discard(self) -> None:
-        """Delete data of shards of ours in which nothing is done: a dead process left it there."""
-        ledger = self._ledger
-        for name in ledger.data:
-            for item in self._place.children(f"{name}/c"):
-                start = int(item) * ledger.step if item.isdigit() else -1
-                done = (ledger.status[start : start + ledger.step] == DONE).any()
-                if start in ledger.own and not done:
-                    self._place.remove(f"{name}/c/{item}")
-
     def _part(self, index: int) -> Part:
-        """The part in hand that takes this problem."""
-        ledger = self._ledger
         if not self._release.alive:
             raise InputError(f"the writer of {self._place} is closed. Open another with resume.")
-        count = len(ledger.ids)
-        if not 0 <= index < count:
-            raise InputError(
-                f"there is no problem {index} in {self._place}: it has {count}, 0 to {count - 1}."
-            )
-        if index not in ledger.own:
-            raise InputError(
-                f"problem {ledger.ids[index]!r} of {self._place} is written by another part. "
-                "Write only what pending() lists."
-            )
-        start = index - index % ledger.step
-        part = self._parts.get(start)
-        if self._taken[index] or (part and index in part.arrived):
-            raise InputError(
-                f"problem {ledger.ids[index]!r} of {self._place} is there already. "
-                "Write only what pending() lists."
-            )
-        if part is None:
-            part = Part(start, min(start + ledger.step, count))
-            part.missing = int((~self._taken[start : part.stop]).sum())
-            self._parts[start] = part
-        return part
-
-    def _relabel(self, part: Part, index: int, labels: Labels) -> None:
-        """Remember new labels; they are written with the part."""
-        rows, columns = len(labels.query_position), len(labels.key_position)
-        sizes = self._ledger.sizes
-        if rows > sizes["query"] or columns > sizes["key"]:
-            raise InputError(
-                f"problem {labels.id!r} has {rows} rows and {columns} columns now, and "
-                f"{self._place} was made for {sizes['query']} and {sizes['key']}. "
-                "Create it with as many as the longest may get."
-            )
-        self._ledger.rows[index], self._ledger.columns[index] = rows, columns
-        part.labels[index] = labels
-
-    def _require_fit(self, index: int, name: str, values: Array, first: int, layers: int) -> None:
-        """Refuse values of another shape, and scores that the store's dtype cannot hold."""
-        ledger, axes = self._ledger, self._ledger.axes[name][1:]
-        expected = ledger.shape(name, index)
-        if layers < ledger.sizes["layer"]:
-            expected = tuple(
-                layers if d == "layer" else n for d, n in zip(axes, expected, strict=True)
-            )
-        if values.shape[1:] != expected:
-            raise InputError(
-                f"{name} of problem {ledger.ids[index]!r} has shape {values.shape[1:]}. "
-                f"Give ({', '.join(axes)}) = {expected}."
-            )
-        dtype = ledger.arrays[name].dtype
-        if dtype.kind == "u" and values.size and not (values.min() >= 0 and values.max() < 1.001):
-            raise InputError(
-                f"{name} of problem {ledger.ids[index]!r} goes from {values.min():.3g} to "
-                f"{values.max():.3g}, and codes are of probabilities. Use dtype='float16'."
-            )
-        if name == "scores" and values.size and values.max() > np.finfo(dtype).max:
-            raise InputError(
-                f"scores of problem {ledger.ids[index]!r} pass what {dtype} holds "
-                f"({np.finfo(dtype).max:.0f}). Use dtype='float32'."
-            )
+        return self._arrivals.part(index)
 
     def _streams(self, name: str) -> bool:
         """Whether an array goes to its shard as it comes: its tiles hold one problem, one layer."""
@@ -377,7 +306,7 @@ class Writer:
             # one problem needs only its own rows and columns; several share whole matrices
             shape = ledger.shape(name, part.start) if ledger.step == 1 else array.shape[1:]
             block = np.full((part.stop - part.start, *shape), array.fill_value, array.dtype)
-            if self._taken[part.start : part.stop].any():
+            if self._arrivals.taken[part.start : part.stop].any():
                 self.wait()
                 done = ledger.status[part.start : part.stop] == DONE
                 block[done] = np.asarray(array[part.start : part.stop])[done]
@@ -404,7 +333,7 @@ class Writer:
     def _commit_if_due(self, part: Part) -> None:
         """Commit a part that is complete; and from time to time all that is in hand."""
         if len(part.arrived) == part.missing:
-            self._commit(self._parts.pop(part.start))
+            self._commit(self._arrivals.parts.pop(part.start))
         elif time.monotonic() - self._saved > max(SECONDS, SHARE * self._took):
             self.save()
 

@@ -1,3 +1,4 @@
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -5,10 +6,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from probe import store
-from probe.errors import InputError
+from probe import schema, store
+from probe import writer as writer_module
+from probe.errors import InputError, StoreError
 from probe.schema import DONE, FAILED, Labels
-from tests.stores import CONFIG, FULL, TINY, check, create, files, fill, labels, put, result, says
+from tests.stores import (
+    CONFIG,
+    FULL,
+    TINY,
+    check,
+    create,
+    disk_refuses,
+    files,
+    fill,
+    labels,
+    put,
+    result,
+    says,
+)
 
 
 @pytest.fixture
@@ -229,3 +244,99 @@ def test_tiles_where_nothing_is_attended_take_no_space(tmp_path: Path) -> None:
     chunks = 2 * 4 * 4
     index = np.frombuffer(shard.read_bytes()[-(16 * chunks + 4) : -4], "<u8").reshape(-1, 2)
     assert (index[:, 0] != 2**64 - 1).sum() == 2 * (4 + 3 + 2 + 1)
+
+
+@pytest.mark.parametrize("some", [TINY, FULL], ids=["tiny", "full"])
+def test_layers_come_one_by_one_and_each_once(path: Path, some: list[Labels]) -> None:
+    with create(path, some, sites=("pattern", "z")) as writer:
+        for i, one in enumerate(some):
+            writer.begin(i)
+            for layer in (1, 0):
+                for name in ("z", "pattern"):
+                    writer.put([i], name, result(name, one, i)[None, layer], layer)
+            writer.done(i, i / 2)
+    check(store.open(path), some)
+
+
+@pytest.mark.parametrize("some", [TINY, FULL], ids=["tiny", "full"])
+def test_a_problem_that_is_begun_again_forgets_what_was_put(path: Path, some: list[Labels]) -> None:
+    message = "pattern of problem 'gsm8k/1' has 1 of 2 layers. Put each once before it is done."
+    with create(path, some) as writer:
+        writer.begin(1)
+        writer.put([1], "pattern", np.ones((1, 3, 3, 3)), 0)
+        with pytest.raises(InputError, match=says(message)):
+            writer.done(1)
+        with pytest.raises(InputError, match=says("layer=2: the store has 2, 0 to 1.")):
+            writer.put([1], "pattern", np.ones((1, 3, 3, 3)), 2)
+        put(writer, some, [1])
+        writer.begin(2)
+        writer.put([2], "pattern", np.ones((1, 3, *[some[2].length] * 2)), 1)
+        writer.fail(2, "it broke")
+    ds = store.open(path)
+    assert ds.status.values.tolist() == [DONE, FAILED]
+    check(ds, some)
+    assert not list(path.rglob("*.partial"))
+
+
+def test_alike_problems_come_together(path: Path) -> None:
+    some = [labels(i, 5) for i in range(9)]
+    with create(path, some) as writer:
+        for which in ([0, 1, 2], [8, 3], [7, 5], [4, 6]):
+            for i in which:
+                writer.begin(i)
+            writer.put(which, "pattern", np.stack([result("pattern", some[i], i) for i in which]))
+            for i in which:
+                writer.done(i, i / 2)
+    check(store.open(path), some)
+
+
+def test_incomplete_shards_are_kept_from_time_to_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "SECONDS", 0)
+    monkeypatch.setattr(writer_module, "SHARE", 0)
+    with create(path, TINY) as writer:
+        for i in (3, 0):
+            put(writer, TINY, [i])
+            assert store.open(path).sizes["problem"] == (1 if i == 3 else 2)
+        check(store.open(path), TINY)
+        put(writer, TINY, [1, 2, 4])
+    check(store.open(path), TINY)
+    assert store.open(path).sizes["problem"] == 5
+
+
+def test_an_error_of_the_disk_stops_the_next_put_and_nothing_hangs(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [labels(i, 300) for i in range(40)]
+    disk_refuses(monkeypatch, "pattern/c/1/", errno.ENOSPC)
+
+    def run() -> None:
+        with create(path, some) as writer:
+            put(writer, some, range(40))
+
+    with pytest.raises(StoreError, match="no room left"):
+        run()
+    monkeypatch.undo()
+    assert store.open(path).problem.values.tolist() == ["gsm8k/0"]
+    assert not list(path.rglob("*.partial"))
+    with store.resume(path, config=CONFIG) as writer:
+        for indices in writer.pending():
+            put(writer, some, indices)
+    check(store.open(path), some)
+
+
+def test_shards_of_a_long_problem_are_split_by_layer_and_row(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "SHARD_BYTES", 2 * 3 * 256 * 512)
+    fill(path, FULL)
+    folder = path / "pattern/c/2"
+    shards = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+    assert shards == ["0/0/0/0", "0/0/1/0", "1/0/0/0", "1/0/1/0"]
+    check(store.open(path), FULL)
+    assert store.verify(path) == []
+    (path / "pattern/c/2/1/0/0/0").unlink()
+    assert [one.key for one in store.verify(path)] == ["pattern/c/2/1/0/0/0"]
+    with pytest.raises(StoreError, match="pattern/c/2/1/0/0/0 cannot be read, it is missing"):
+        store.open(path).pattern.values  # noqa: B018

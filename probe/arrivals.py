@@ -1,0 +1,96 @@
+"""Problems in hand: which may come, and whether what comes fits the store."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from probe.errors import InputError
+from probe.ledger import Ledger, Part
+from probe.schema import DONE, Labels
+
+
+class Arrivals:
+    """The parts of a store that are not complete yet, and what is known not to come again.
+
+    Attributes:
+        parts: By their first problem.
+        taken: For each problem, whether it is done, on the disk or on its way there.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.parts: dict[int, Part] = {}
+        self.taken = ledger.status == DONE
+
+    def part(self, index: int) -> Part:
+        """The part in hand that takes this problem.
+
+        Raises:
+            InputError: There is no such problem, it is not ours, or it is done.
+        """
+        ledger, where = self._ledger, self._ledger.place
+        count = len(ledger.ids)
+        if not 0 <= index < count:
+            raise InputError(
+                f"there is no problem {index} in {where}: it has {count}, 0 to {count - 1}."
+            )
+        if index not in ledger.own:
+            raise InputError(
+                f"problem {ledger.ids[index]!r} of {where} is written by another part. "
+                "Write only what pending() lists."
+            )
+        start = index - index % ledger.step
+        part = self.parts.get(start)
+        if self.taken[index] or (part and index in part.arrived):
+            raise InputError(
+                f"problem {ledger.ids[index]!r} of {where} is there already. "
+                "Write only what pending() lists."
+            )
+        if part is None:
+            part = Part(start, min(start + ledger.step, count))
+            part.missing = int((~self.taken[start : part.stop]).sum())
+            self.parts[start] = part
+        return part
+
+    def relabel(self, part: Part, index: int, labels: Labels) -> None:
+        """Remember new labels; they are written with the part."""
+        rows, columns = len(labels.query_position), len(labels.key_position)
+        sizes = self._ledger.sizes
+        if rows > sizes["query"] or columns > sizes["key"]:
+            raise InputError(
+                f"problem {labels.id!r} has {rows} rows and {columns} columns now, and "
+                f"{self._ledger.place} was made for {sizes['query']} and {sizes['key']}. "
+                "Create it with as many as the longest may get."
+            )
+        self._ledger.rows[index], self._ledger.columns[index] = rows, columns
+        part.labels[index] = labels
+
+    def require_fit(
+        self, index: int, name: str, values: npt.NDArray[Any], layer: int | None
+    ) -> None:
+        """Refuse values of another shape, or that the stored dtype cannot hold."""
+        ledger, axes = self._ledger, self._ledger.axes[name][1:]
+        expected = ledger.shape(name, index)
+        if layer is not None:
+            count = ledger.sizes["layer"]
+            if not 0 <= layer < count:
+                raise InputError(f"layer={layer}: the store has {count}, 0 to {count - 1}.")
+            pairs = zip(axes, expected, strict=True)
+            expected = tuple(1 if dim == "layer" else n for dim, n in pairs)
+        if values.shape[1:] != expected:
+            raise InputError(
+                f"{name} of problem {ledger.ids[index]!r} has shape {values.shape[1:]}. "
+                f"Give ({', '.join(axes)}) = {expected}."
+            )
+        dtype = ledger.arrays[name].dtype
+        if dtype.kind == "u" and values.size and not (values.min() >= 0 and values.max() < 1.001):
+            raise InputError(
+                f"{name} of problem {ledger.ids[index]!r} goes from {values.min():.3g} to "
+                f"{values.max():.3g}, and codes are of probabilities. Use dtype='float16'."
+            )
+        if name == "scores" and values.size and values.max() > np.finfo(dtype).max:
+            raise InputError(
+                f"scores of problem {ledger.ids[index]!r} pass what {dtype} holds "
+                f"({np.finfo(dtype).max:.0f}). Use dtype='float32'."
+            )
