@@ -26,6 +26,9 @@ def lengths(
     if not labels:
         raise InputError("a store needs at least one problem, and labels is empty. Give one.")
     ids = [one.id for one in labels]
+    for name in ids:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise InputError(f"the id {name!r} is no valid text. Give one that UTF-8 can hold.")
     if len(set(ids)) < len(ids):
         twice = next(name for n, name in enumerate(ids) if name in ids[:n])
         raise InputError(f"two problems have the id {twice!r}. Give each its own.")

@@ -15,6 +15,7 @@ class Arrivals:
 
     Attributes:
         parts: By their first problem.
+        all_layers: A bit for each layer.
         taken: For each problem, whether it is done, on the disk or on its way there.
     """
 
@@ -22,6 +23,8 @@ class Arrivals:
         self._ledger = ledger
         self.parts: dict[int, Part] = {}
         self.taken = ledger.status == DONE
+        self.all_layers = (1 << ledger.sizes["layer"]) - 1
+        self._known = ledger.rows.copy(), ledger.columns.copy()
 
     def part(self, index: int) -> Part:
         """The part in hand that takes this problem.
@@ -52,6 +55,11 @@ class Arrivals:
             part.missing = int((~self.taken[start : part.stop]).sum())
             self.parts[start] = part
         return part
+
+    def unlabel(self, part: Part, index: int) -> None:
+        """Forget labels that came with an attempt."""
+        if part.labels.pop(index, None):
+            self._ledger.rows[index], self._ledger.columns[index] = (x[index] for x in self._known)
 
     def relabel(self, part: Part, index: int, labels: Labels) -> None:
         """Remember new labels; they are written with the part."""

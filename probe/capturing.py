@@ -101,7 +101,7 @@ def capture(
         >>> ds.pattern.sel(problem="0", layer=1, head=3).shape
         (6, 10)
     """
-    require(store, on_error, part)
+    require(store, on_error, part, overwrite)
     _check_reduce(reduce, sites, max_new_tokens)
     todo = plan(
         model,

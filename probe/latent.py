@@ -278,7 +278,7 @@ def capture(
         StoreError: The store is of another run, foreign, in use, or the disk is full.
         WiringError: What was read is not what the model computed; nothing wrong is stored.
     """
-    require(store, on_error, part)
+    require(store, on_error, part, overwrite)
     todo = plan(
         reasoner,
         problems,

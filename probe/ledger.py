@@ -32,7 +32,7 @@ class Part:
     stop: int
     blocks: dict[str, Array] = field(default_factory=dict)  # what is gathered in memory
     shards: dict[tuple[str, tuple[int, ...]], Shard] = field(default_factory=dict)  # on their way
-    came: dict[int, dict[str, int]] = field(default_factory=dict)  # layers of each array
+    came: dict[int, dict[str, int]] = field(default_factory=dict)  # a bit for each layer
     labels: dict[int, Labels] = field(default_factory=dict)
     arrived: dict[int, tuple[int, float, str]] = field(default_factory=dict)  # status, loss, error
     missing: int = 0  # how many were not done when this was begun
@@ -50,6 +50,15 @@ class Ledger:
         arrays = self.arrays.values()
         self.axes = {name: dims(array) for name, array in self.arrays.items()}
         self.sizes = {d: n for a in arrays for d, n in zip(dims(a), a.shape, strict=True)}
+        self.durable = durable
+        try:
+            self._read_all(part)
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(
+                f"{place} is damaged: its labels cannot be read ({error}). Restore it from a copy."
+            ) from error
+
+    def _read_all(self, part: tuple[int, int]) -> None:
         self.ids = [str(name) for name in self._read("problem")]
         self._several = part[1] > 1
         blocks = owned(len(self.ids), self.block, part)
@@ -57,7 +66,6 @@ class Ledger:
         self.rows = (self._read("query_position") >= 0).sum(axis=1)
         self.columns = (self._read("key_position") >= 0).sum(axis=1)
         self.written: dict[str, None] = {}
-        self.durable = durable
         self._unsaved: list[Part] = []
         self._saved, self._pause = 0.0, SECONDS
         self._state = {
@@ -151,6 +159,12 @@ class Ledger:
                 self._write_state(chunk, {i: one for p in here for i, one in p.arrived.items()})
         self._saved = time.monotonic()
         self._pause = max(SECONDS, SHARE * (self._saved - start))
+
+    def force(self) -> None:
+        """Have all that was written on the disk itself."""
+        with self.explained():
+            self.require_there()
+            self.place.force(self.written)
 
     def require_there(self) -> None:
         """Refuse to make anew what somebody deleted."""

@@ -24,7 +24,7 @@ class Line:
             tend: Called now and then by the thread that does things in order; says in how many
                 seconds it wants to be called again at the latest, if it does.
         """
-        self._tend = tend
+        self._tend, self._ended = tend, False
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="probe-encode")
         self._queue: queue.Queue[tuple[Future[Any] | None, Callable[..., None]] | None]
         self._queue = queue.Queue(depth)
@@ -49,6 +49,11 @@ class Line:
 
     def close(self) -> None:
         """Finish what is waiting, and stop. No error is raised; calling it again does nothing."""
+        if threading.current_thread() is self._thread:  # who used it was dropped: it ends here
+            self._ended = True
+            self._queue.put(None)
+            self._pool.shutdown(wait=False)
+            return
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -78,7 +83,7 @@ class Line:
         return self._tend()
 
     def _safely(self, what: Callable[[], float | None]) -> float | None:
-        if self._error is None:
+        if self._error is None and not self._ended:
             try:
                 return what()
             except BaseException as error:  # raised where the line is used next

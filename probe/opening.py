@@ -16,8 +16,9 @@ from probe.arrays import dims, named
 from probe.errors import InputError, StoreError
 from probe.places import Objects, Place, place
 from probe.schema import DONE, EMPTY, decoded
+from probe.sharding import expected
 from probe.stories import attributes
-from probe.verifying import damage, expected
+from probe.verifying import damage
 
 
 def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset:
@@ -66,7 +67,11 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
     whole = bool(attrs.get("whole_shards"))
     for name, array in arrays.items():
         if array.dtype.kind in "fu" and array.shards:
-            lazy = indexing.LazilyIndexedArray(Stored(where, name, array, status, whole))
+            stored = Stored(where, name, array, status, whole)
+            lazy = indexing.LazilyIndexedArray(stored)
+            cut = dict(zip(dims(array), zip(array.shape, array.shards, strict=True), strict=True))
+            if "query" in cut and cut["query"][0] > cut["query"][1]:  # problems split by rows
+                stored.count_rows(ds["query_position"].values)
             how = {k: v for k, v in ds[name].encoding.items() if k in ("chunks", "shards")}
             ds[name] = xr.Variable(dims(array), lazy, ds[name].attrs, how)
             if chunks:
@@ -108,6 +113,11 @@ class Stored(BackendArray):
         self.dtype = np.dtype("float32") if self._coded else array.dtype
         self._where, self._name, self._array = where, name, array
         self._status, self._whole = status, whole
+        self._rows: npt.NDArray[Any] | None = None
+
+    def count_rows(self, query_position: npt.NDArray[Any]) -> None:
+        """Know how many rows each problem has, to look for all their shards."""
+        self._rows = (query_position >= 0).sum(1)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         outer = indexing.IndexingSupport.OUTER
@@ -129,7 +139,7 @@ class Stored(BackendArray):
         """The shards of done problems that are read."""
         problems = np.atleast_1d(np.arange(self.shape[0])[key[0]])
         done = np.unique(problems[self._status[problems] == DONE]).tolist()
-        return (shard for shard, _ in expected(self._name, self._array, done))
+        return (shard for shard, _ in expected(self._name, self._array, done, self._rows))
 
     def _explain(self, key: tuple[Any, ...], why: str) -> None:
         """Say which shard is damaged."""

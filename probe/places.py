@@ -1,6 +1,7 @@
 """Where a store lies: a folder, or any zarr store object. Files appear whole or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ from zarr.core.sync import sync
 
 from probe.errors import InputError, StoreError
 
+LOCKS = "status/locks/"  # zarr does not look into arrays
 _SYNCHRONOUS = hasattr(os, "O_DIRECTORY")  # a folder can be opened, to be forced to the disk
 
 
@@ -54,6 +56,7 @@ def place(where: object) -> "Folder | Objects":
     if isinstance(where, Folder | Objects):
         return where
     if isinstance(where, Store):
+        sync(where._ensure_open())
         return Objects(where)
     if isinstance(where, str | os.PathLike):
         return Folder(Path(where).expanduser())
@@ -109,7 +112,10 @@ class Folder:
         """Have files, and the folders that name them, on the disk itself."""
         folders: dict[Path, None] = {}
         for key in keys:
-            _force(self.path / key)
+            try:
+                _force(self.path / key)
+            except FileNotFoundError:  # zarr removes a chunk in which nothing is left
+                continue
             parent = (self.path / key).parent
             while parent != self.path and parent not in folders:
                 folders[parent] = None
@@ -197,10 +203,20 @@ class Objects:
         sync(self.store.delete_dir(key))
         sync(self.store.delete(key))
 
-    def lock(self, blocks: Iterable[int]) -> Callable[[], None]:
+    def clear(self, but: str = " ") -> None:
+        """Remove everything, but for keys that begin with this."""
+        for key in self.keys():
+            if not key.startswith(but):
+                sync(self.store.delete(key))
+
+    def lock(self, blocks: Iterable[int], *, alone: bool = False) -> Callable[[], None]:
         """Keep other writers out of blocks of problems until the returned function is called.
 
         A bucket knows no processes: what a killed one holds has to be let go by hand.
+
+        Args:
+            blocks: Of problems that are written.
+            alone: Whether nobody may write any other block either.
 
         Raises:
             StoreError: Another writer has one of them.
@@ -212,8 +228,8 @@ class Objects:
             for key in keys:
                 sync(self.store.delete(key))
 
-        for block in blocks:
-            key = f"status/locks/{block}"  # zarr does not look into arrays
+        others = [key for key in self.keys() if key.startswith(LOCKS)] if alone else []
+        for key in (*others, *(f"{LOCKS}{block}" for block in blocks)):
             sync(self.store.set_if_not_exists(key, cpu.Buffer.from_bytes(mine)))
             holder = self.read(key) or b""
             if holder != mine:
@@ -227,7 +243,12 @@ class Objects:
         return release
 
     def set(self, key: str, value: bytes) -> None:
-        sync(self.store.set(key, cpu.Buffer.from_bytes(value)))
+        try:
+            sync(self.store.set(key, cpu.Buffer.from_bytes(value)))
+        except OSError:
+            raise
+        except Exception as error:  # each kind of store has kinds of its own
+            raise OSError(errno.EIO, str(error)) from error
 
     def incoming(self, key: str) -> Incoming:
         return _Object(self, key)

@@ -99,7 +99,9 @@ class Into:
             self.writer.put(indices, name, some_values, layer)
 
 
-def require(store: object, on_error: object, part: object = (1, 1)) -> None:
+def require(
+    store: object, on_error: object, part: object = (1, 1), overwrite: bool = False
+) -> None:
     """Refuse what is no place for a store, no way to treat errors, and no part of a run.
 
     Raises:
@@ -111,6 +113,11 @@ def require(store: object, on_error: object, part: object = (1, 1)) -> None:
     numbers = isinstance(part, tuple) and len(part) == 2 and all(type(n) is int for n in part)
     if not numbers or not 1 <= part[0] <= part[1]:  # type: ignore[index]
         raise InputError(f"part={part!r:.40}. Give (i, n), from (1, n) to (n, n).")
+    if overwrite and part != (1, 1):
+        raise InputError(
+            f"overwrite=True with part={part!r}: each part would remove what the others have "
+            "written. Remove the old store first."
+        )
 
 
 def run(
@@ -145,7 +152,7 @@ def run(
         StoreError: The store is of another run, foreign, in use, or the disk is full.
         WiringError: What was read is not what the model computed; nothing wrong is stored.
     """
-    require(store, on_error, part)
+    require(store, on_error, part, overwrite)
     where = place(store)
     new = overwrite or where.vacant()
     options: dict[str, Any] = {"part": part, "fsync": fsync}

@@ -9,7 +9,7 @@ and rewrites a shard for every part of it.
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from math import ceil, prod
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 import zarr
 import zstandard
 
+from probe.arrays import dims
 from probe.places import Incoming, Place
 from probe.schema import coded
 
@@ -85,6 +86,29 @@ def cut(grid: Grid, start: Sequence[int], block: Array) -> Iterator[Cut]:
             number = number * n + a % n
         cells = tuple(slice(o * t, (o + 1) * t) for o, t in zip(offset, grid.tile, strict=True))
         yield shard, number, block[cells]
+
+
+def expected(
+    name: str, array: "zarr.Array[Any]", problems: Sequence[int], rows: Array | None = None
+) -> Iterator[tuple[str, list[int]]]:
+    """Keys of the shards that these problems must have, and which of them each holds.
+
+    Args:
+        name: Of the array.
+        array: How it is cut.
+        problems: In order.
+        rows: How many each problem of the store has: what a shard split by rows needs to know.
+            Without it only the first rows are looked for.
+    """
+    shard, axes = array.shards or array.chunks, dims(array)
+    sizes = dict(zip(axes, zip(array.shape, shard, strict=True), strict=True))
+    for first, some in groupby(problems, lambda i: int(i) // shard[0]):
+        which = [int(i) for i in some]
+        counts = {dim: ceil(n / cut) for dim, (n, cut) in sizes.items() if dim == "layer"}
+        if rows is not None and "query" in sizes:
+            counts["query"] = max(1, ceil(int(rows[which].max()) / sizes["query"][1]))
+        for rest in product(*(range(counts.get(dim, 1)) for dim in axes[1:])):
+            yield "/".join([name, "c", str(first), *map(str, rest)]), which
 
 
 def cast(values: Array, dtype: np.dtype[Any]) -> Array:

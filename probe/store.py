@@ -22,7 +22,7 @@ from probe.arrays import add_coordinate, lengths, make_arrays, write_labels
 from probe.errors import StoreError
 from probe.ledger import owned
 from probe.opening import open
-from probe.places import Folder, Objects, Place, place
+from probe.places import LOCKS, Folder, Objects, Place, place
 from probe.schema import Labels
 from probe.stories import attributes, differences, own_attributes, plain, story
 from probe.verifying import verify
@@ -104,6 +104,7 @@ def create(
         1.0
     """
     where = place(path)
+    owned(1, 1, part)
     arrays = {name: schema.site(name, dtype=dtype) for name in sites}
     for name, one in (reduced or {}).items():
         if not isinstance(one, schema.Array):
@@ -156,7 +157,7 @@ def _create_folder(
             with disk.explained(path), _claimed(where, overwrite) as replace:
                 disk.move_into_place(target.path, path, replace=replace)
             target.path = path
-            disk.sweep(path, None if blocks is None else lambda name, n: False)
+            disk.sweep(path, lambda name, n: False)  # what is half-written here is the writer's
 
         discard = partial(shutil.rmtree, target.path, ignore_errors=True)
         writer = Writer(target, release, publish=publish, discard=discard, **options)
@@ -182,11 +183,13 @@ def _create_objects(
     _require_free(where, overwrite)
     made = Objects(MemoryStore())
     build(made.store)
-    if overwrite:
-        where.remove("")
-    release = where.lock(blocks)
-    for key in sorted(made.keys(), key=lambda key: key == "zarr.json"):
-        where.set(key, made.read(key) or b"")
+    release = where.lock(blocks, alone=True)
+    with disk.explained(where), contextlib.ExitStack() as undo:
+        undo.callback(where.clear)
+        where.clear(but=LOCKS)
+        for key in sorted(made.keys(), key=lambda key: key == "zarr.json"):
+            where.set(key, made.read(key) or b"")
+        undo.pop_all()
     return Writer(where, release, **options)
 
 
@@ -213,7 +216,7 @@ def resume(
     Raises:
         StoreError: It cannot be opened (as `open`), it was made with another config, or another
             process is writing it.
-        InputError: The store has fewer blocks than there are parts.
+        InputError: There is no such part.
 
     Example:
         >>> with resume("run.zarr", config=probe.open("run.zarr").attrs["config"]) as writer:
@@ -236,9 +239,13 @@ def resume(
     else:
         alone = part[1] == 1
         release = disk.lock(where.path, where.path, None if alone else blocks)
-        steps = dict.fromkeys(schema.COLUMNS, block) | dict.fromkeys(attrs["arrays"], step)
-        with disk.explained(where):
-            disk.sweep(where.path, None if alone else partial(_is_ours, steps, block, blocks))
+        steps = dict.fromkeys(attrs["arrays"], step) | dict.fromkeys(schema.COLUMNS, block)
+        try:
+            with disk.explained(where):
+                disk.sweep(where.path, None if alone else partial(_is_ours, steps, block, blocks))
+        except BaseException:
+            release()
+            raise
     return Writer(where, release, fsync=fsync, part=part)
 
 

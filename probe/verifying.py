@@ -1,11 +1,10 @@
 """Whether a store is whole: every shard there, every checksum right."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
-from math import ceil, prod
+from math import prod
 from typing import Any, Literal
 
 import google_crc32c
@@ -14,11 +13,11 @@ import zarr
 import zstandard
 
 from probe import disk
-from probe.arrays import dims, named
+from probe.arrays import named
 from probe.errors import StoreError
 from probe.places import Folder, Objects, Place, place
 from probe.schema import DONE, EMPTY
-from probe.sharding import ABSENT, grid
+from probe.sharding import ABSENT, expected, grid
 from probe.stories import attributes
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -102,12 +101,14 @@ def verify(path: object, *, repair: bool = False) -> list[Damage]:
                 _require_readable(where, str(name), array)
         status = np.asarray(named(group, "status")[...])
         done = np.flatnonzero(status == DONE).tolist()
+        rows = (np.asarray(named(group, "query_position")[...]) >= 0).sum(1)
+        whole = attrs.get("whole_shards")
         ids = [str(name) for name in np.asarray(named(group, "problem")[...])]
         tasks = [
             (key, named(group, name), which)
             for name in data
-            for key, which in expected(name, named(group, name), done)
-            if attrs.get("whole_shards") or where.exists(key)
+            for key, which in expected(name, named(group, name), done, rows)
+            if where.exists(key) or (whole and grid(name, named(group, name)))
         ]
         with ThreadPoolExecutor(THREADS) as pool:
             reasons = list(pool.map(lambda task: damage(where, task[0], task[1]), tasks))
@@ -124,24 +125,6 @@ def verify(path: object, *, repair: bool = False) -> list[Damage]:
         release()
 
 
-def expected(
-    name: str, array: "zarr.Array[Any]", problems: Sequence[int]
-) -> Iterator[tuple[str, list[int]]]:
-    """Keys of the shards that must be there, and which of these problems each holds.
-
-    Of shards that are split by rows the first; the others may hold no row of a problem.
-    """
-    cut = array.shards or array.chunks
-    axes = dims(array)
-    at = axes.index("layer") if "layer" in axes else 0
-    layers = ceil(array.shape[at] / cut[at]) if at else 1
-    for shard, some in groupby(problems, lambda i: int(i) // cut[0]):
-        which = [int(i) for i in some]
-        for layer in range(layers):
-            rest = [layer if axis == "layer" else 0 for axis in axes[1:]]
-            yield "/".join([name, "c", str(shard), *map(str, rest)]), which
-
-
 def _require_readable(where: Place, name: str, array: "zarr.Array[Any]") -> None:
     try:
         array[...]
@@ -156,4 +139,4 @@ def _hold(where: Folder | Objects) -> Callable[[], None]:
     """Keep writers out."""
     if isinstance(where, Folder):
         return disk.lock(where.path, where.path)
-    return where.lock(range(max(1, len(where.children("status/c")))))
+    return where.lock((), alone=True)

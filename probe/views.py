@@ -68,14 +68,15 @@ def _cut(ds: _Data) -> _Data:
     for dim in ("query", "key"):
         if dim in ds.dims:
             there = ds[f"{dim}_position"] >= 0
-            own[dim] = slice(int(there.sum(dim).max()))
+            found = np.flatnonzero(there.any([other for other in there.dims if other != dim]))
+            neighbours = len(found) and found[-1] - found[0] + 1 == len(found)
+            own[dim] = slice(found[0], found[-1] + 1) if neighbours else found
     return ds.isel(own)
 
 
 def _labelled(ds: _Data) -> _Data:
-    missing = [
-        name for name in ("problem", "query_position", "key_position") if name not in ds.coords
-    ]
+    needed = ["problem", *(f"{dim}_position" for dim in ("query", "key") if dim in ds.dims)]
+    missing = [name for name in needed if name not in ds.coords]
     if missing or "problem" not in ds.dims:
         raise InputError(
             f"this has no {', '.join(missing) or 'dim problem'}. Give what probe.open returns, or "

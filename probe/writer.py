@@ -25,7 +25,7 @@ from probe.ledger import SHARE, Ledger, Part
 from probe.line import Line
 from probe.places import Folder, Place
 from probe.schema import DONE, FAILED, Labels
-from probe.sharding import Shard, cast, cut, encode, grid
+from probe.sharding import Grid, Shard, cast, cut, encode, expected, grid
 
 _STREAMED = ("problem", "layer")
 ENCODERS = min(4, os.cpu_count() or 1)
@@ -53,16 +53,20 @@ class Writer:
         publish: Callable[[], None] | None = None,
         discard: Callable[[], None] | None = None,
     ) -> None:
-        self._release = weakref.finalize(self, release)
-        self._ledger = ledger = Ledger(place, part, durable=fsync)
+        try:
+            self._ledger = ledger = Ledger(place, part, durable=fsync)
+            ledger.discard()
+        except BaseException:
+            release()
+            raise
         self._place = place
         self._publish, self._drop_store = publish, discard
         self._grids = {name: grid(name, ledger.arrays[name]) for name in ledger.data}
         self._arrivals = Arrivals(ledger)
         self._open: set[Shard] = set()
         self._saved, self._took = time.monotonic(), 0.0
-        ledger.discard()
         self._line = Line(ENCODERS, DEPTH, ledger.tend)
+        self._release = weakref.finalize(self, _let_go, self._line, release)
 
     def __enter__(self) -> Self:
         return self
@@ -141,8 +145,12 @@ class Writer:
             StoreError: The disk is full, or cannot be written.
         """
         part = self._part(index)
-        part.came.pop(index, None)
-        if self._ledger.step == 1:
+        came = part.came.pop(index, {})
+        self._arrivals.unlabel(part, index)
+        if self._ledger.step > 1:
+            for name in came:
+                part.blocks[name][index - part.start] = self._ledger.arrays[name].fill_value
+        else:
             part.blocks.clear()
             for shard in part.shards.values():
                 self._line.do(partial(self._abandon, shard))
@@ -166,10 +174,15 @@ class Writer:
             InputError: Something does not fit the store.
             StoreError: The disk is full, or cannot be written.
         """
+        if name not in self._ledger.data:
+            raise InputError(
+                f"{self._place} holds {_names(self._ledger.data)}, and {name} came. "
+                "Give every array of the store, and no other."
+            )
         axes = self._ledger.axes[name]
-        first, layers = 0, self._ledger.sizes["layer"]
+        first, layers = 0, self._arrivals.all_layers
         if layer is not None:
-            first, layers = layer, 1
+            first, layers = layer, 1 << max(layer, 0)
             values = np.expand_dims(values, axes.index("layer"))
         for _, some in groupby(enumerate(indices), lambda pair: pair[1] // self._ledger.step):
             where, which = zip(*some, strict=True)
@@ -178,7 +191,7 @@ class Writer:
                 part = self._part(index)
                 self._arrivals.require_fit(index, name, own, layer)
                 came = part.came.setdefault(index, {})
-                came[name] = came.get(name, 0) + layers
+                came[name] = came.get(name, 0) | layers
             corner = [first if dim == "layer" else 0 for dim in axes[1:]]
             if self._streams(name):
                 self._send(part, name, [part.start, *corner], own)
@@ -205,11 +218,11 @@ class Writer:
         """
         part = self._part(index)
         for name in self._ledger.data:
-            came, n = part.came.get(index, {}).get(name, 0), self._ledger.sizes["layer"]
-            if came != n:
+            came = part.came.get(index, {}).get(name, 0)
+            if came != self._arrivals.all_layers:
                 raise InputError(
-                    f"{name} of problem {self._ledger.ids[index]!r} has {came} of {n} layers. "
-                    "Put each once before it is done."
+                    f"{name} of problem {self._ledger.ids[index]!r} has {came.bit_count()} of "
+                    f"{self._ledger.sizes['layer']} layers. Put each before it is done."
                 )
         part.arrived[index] = (DONE, loss, "")
         self._arrivals.taken[index] = True
@@ -241,8 +254,9 @@ class Writer:
         Raises:
             StoreError: The disk is full, or cannot be written.
         """
-        self._line.do(self._ledger.save)
-        self._line.wait()
+        if self._release.alive:
+            self._line.do(self._ledger.save)
+            self._line.wait()
 
     def save(self) -> None:
         """Have all on the disk that is done, also of shards that are not complete yet.
@@ -276,7 +290,7 @@ class Writer:
                     if part.arrived:
                         self._commit(part)
                 self.wait()
-                self._place.force(self._ledger.written)
+                self._ledger.force()
         finally:
             self._line.close()
             for shard in self._open:
@@ -318,12 +332,14 @@ class Writer:
         own = self._grids[name]
         assert own is not None
         for at, number, view in cut(own, corner, block):
-            shard = part.shards.get((name, at))
-            if shard is None:
-                shard = part.shards[name, at] = Shard(self._place, own, at)
-                self._open.add(shard)
+            shard = part.shards.get((name, at)) or self._shard(part, own, at)
             if job := shard.put(number, view):
                 self._line.after(partial(self._write, shard), encode, own, job)
+
+    def _shard(self, part: Part, own: Grid, at: tuple[int, ...]) -> Shard:
+        shard = part.shards[own.name, at] = Shard(self._place, own, at)
+        self._open.add(shard)
+        return shard
 
     def _write(self, shard: Shard, encoded: Sequence[tuple[int, bytes]]) -> None:
         with self._ledger.explained():
@@ -345,12 +361,24 @@ class Writer:
                 whole[name] = block
             elif block.size:
                 self._send(part, name, [part.start, *[0] * (block.ndim - 1)], block)
+        self._complete(part)
         for shard in part.shards.values():
             if job := shard.rest():
                 self._line.after(partial(self._write, shard), encode, shard.grid, job)
         now = replace(part, blocks=whole, labels={**part.labels}, arrived={**part.arrived})
         part.shards = {}
         self._line.do(partial(self._keep, now))
+
+    def _complete(self, part: Part) -> None:
+        """Make a file also of shards that hold nothing, where a done problem has no row."""
+        done = [i for i, (status, *_) in part.arrived.items() if status == DONE]
+        for name, own in self._grids.items():
+            if own is None or not done:
+                continue
+            for key, _ in expected(name, self._ledger.arrays[name], done[:1]):
+                at = tuple(map(int, key.split("/")[2:]))
+                if (name, at) not in part.shards:
+                    self._shard(part, own, at)
 
     def _keep(self, part: Part) -> None:
         self._ledger.commit(part)
@@ -359,6 +387,12 @@ class Writer:
     def _abandon(self, shard: Shard) -> None:
         shard.abandon()
         self._open.discard(shard)
+
+
+def _let_go(line: Line, release: Callable[[], None]) -> None:
+    """Also of a writer that is dropped: nothing may write when another has the store."""
+    line.close()
+    release()
 
 
 def _names(names: Iterable[str]) -> str:

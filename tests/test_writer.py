@@ -260,7 +260,7 @@ def test_layers_come_one_by_one_and_each_once(path: Path, some: list[Labels]) ->
 
 @pytest.mark.parametrize("some", [TINY, FULL], ids=["tiny", "full"])
 def test_a_problem_that_is_begun_again_forgets_what_was_put(path: Path, some: list[Labels]) -> None:
-    message = "pattern of problem 'gsm8k/1' has 1 of 2 layers. Put each once before it is done."
+    message = "pattern of problem 'gsm8k/1' has 1 of 2 layers. Put each before it is done."
     with create(path, some) as writer:
         writer.begin(1)
         writer.put([1], "pattern", np.ones((1, 3, 3, 3)), 0)
