@@ -1,7 +1,7 @@
 """The zarr arrays of a store: how long they are, made empty, labelled."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -142,6 +142,16 @@ def label_columns(labels: Sequence[Labels], rows: int, keys: int) -> dict[str, n
             values = getattr(one, name)
             out[name][i, : len(values)] = values
     return out
+
+
+def opened(where: Any, mode: Literal["r", "r+"] = "r", path: str = "") -> zarr.Group:
+    """A group of a store as it is now: consolidated metadata would be stale."""
+    return zarr.open_group(where, path=path, mode=mode, zarr_format=3, use_consolidated=False)
+
+
+def data_arrays(attrs: Mapping[str, Any]) -> list[str]:
+    """The arrays that lie in shards, of a store with these attributes."""
+    return [name for name in attrs["arrays"] if name != "loss"]
 
 
 def named(group: zarr.Group, name: str) -> zarr.Array[Any]:

@@ -9,10 +9,9 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from probe import disk
-from probe.arrays import dims, label_columns, named
+from probe.arrays import data_arrays, dims, label_columns, named, opened
 from probe.errors import InputError, StoreError
 from probe.places import Place
 from probe.schema import DONE, Labels
@@ -44,8 +43,7 @@ class Ledger:
     def __init__(self, place: Place, part: tuple[int, int], *, durable: bool) -> None:
         self.place = place
         self.bind()
-        names = cast("list[str]", self.attrs["arrays"])
-        self.data = tuple(name for name in names if name != "loss")
+        self.data = data_arrays(self.attrs)
         self.step, self.block = cast("list[int]", self.attrs["layout"])
         arrays = self.arrays.values()
         self.axes = {name: dims(array) for name, array in self.arrays.items()}
@@ -74,7 +72,7 @@ class Ledger:
 
     def bind(self) -> None:
         """Open the arrays where the store is now."""
-        group = zarr.open_group(self.place.zarr, mode="r+", zarr_format=3, use_consolidated=False)
+        group = opened(self.place.zarr, "r+")
         self.attrs: Mapping[str, Any] = dict(group.attrs)
         self.arrays = {str(name): named(group, str(name)) for name, _ in group.arrays()}
 

@@ -12,7 +12,7 @@ import zarr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from probe.arrays import dims, named
+from probe.arrays import data_arrays, dims, named, opened
 from probe.errors import InputError, StoreError
 from probe.places import Objects, Place, place
 from probe.schema import DONE, EMPTY, decoded
@@ -61,8 +61,8 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
             f"{where} is damaged: its labels cannot be read ({error}). Restore it from a copy."
         ) from error
     with _fastest(where):
-        group = zarr.open_group(where.zarr, mode="r", zarr_format=3, use_consolidated=False)
-        arrays = {name: named(group, name) for name in attrs["arrays"] if name != "loss"}
+        group = opened(where.zarr)
+        arrays = {name: named(group, name) for name in data_arrays(attrs)}
     # stores of earlier versions have no file for shards that hold nothing
     whole = bool(attrs.get("whole_shards"))
     for name, array in arrays.items():

@@ -7,7 +7,7 @@ computed nor what is stored.
 import logging
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -161,7 +161,7 @@ def run(
         if new:
             _require_room(work.size, where)
         own = stack.enter_context(_writer(work, where, new, overwrite, options))
-        writer: Any = stack.enter_context(work.around(own, part)) if work.around else own
+        writer: Any = stack.enter_context(closing(work.around(own, part))) if work.around else own
         pending = {i for shard in writer.pending() for i in shard}
         # Batches stay as planned whatever is done already: in another batch a number may differ in
         # its last bit, and a resumed run must equal an uninterrupted one.

@@ -8,8 +8,7 @@ Only then are they done: a run that dies goes on from its last whole generation.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from probe import disk
-from probe.arrays import named
+from probe.arrays import named, opened
 from probe.line import Line
 from probe.places import Place
 from probe.schema import DONE, HEADS, TILE, Labels
@@ -58,7 +57,7 @@ class SummaryWriter:
 
     def __init__(self, writer: Writer, part: tuple[int, int]) -> None:
         self._writer, self._place = writer, writer.place
-        group = zarr.open_group(self._place.zarr, mode="r", use_consolidated=False)
+        group = opened(self._place.zarr)
         names = ("query_position", "key_position")
         self._positions = [np.array(named(group, name)[...]) for name in names]
         self._causal = bool(group.attrs.get("causal", True))
@@ -75,14 +74,6 @@ class SummaryWriter:
         self._saved, self._pause, self._number = time.monotonic(), SECONDS, 0
         self._load()
         self._line = Line(1, 2, lambda: None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        self.close()
 
     def pending(self) -> list[tuple[int, ...]]:
         """As `Writer.pending`."""
@@ -159,7 +150,7 @@ class SummaryWriter:
         for folder in ("moments", self._folder, path):
             if not self._place.exists(f"{folder}/zarr.json"):
                 zarr.create_group(store, path=folder)
-        group = zarr.open_group(store, path=path, mode="r+", use_consolidated=False)
+        group = opened(store, "r+", path)
         for name in FIELDS:
             _create(group, name, getattr(self._sums, name))
         _create(group, "loss", self._loss)
@@ -171,7 +162,7 @@ class SummaryWriter:
         if not numbers:
             return
         self._number = numbers[-1]
-        group = zarr.open_group(self._place.zarr, path=f"{self._folder}/{self._number}", mode="r")
+        group = opened(self._place.zarr, path=f"{self._folder}/{self._number}")
         self._sums = Sums(*(np.array(named(group, name)[...]) for name in FIELDS))
         self._members = np.array(named(group, "members")[...])
         self._loss = np.array(named(group, "loss")[...])
@@ -215,5 +206,5 @@ def kept(place: Place) -> Iterator[Sums]:
         numbers = _generations(place, f"moments/{part}")
         if numbers:
             path = f"moments/{part}/{numbers[-1]}"
-            group = zarr.open_group(place.zarr, path=path, mode="r", use_consolidated=False)
+            group = opened(place.zarr, path=path)
             yield Sums(*(np.array(named(group, name)[...]) for name in FIELDS))

@@ -13,7 +13,7 @@ import zarr
 import zstandard
 
 from probe import disk
-from probe.arrays import named
+from probe.arrays import data_arrays, named, opened
 from probe.errors import StoreError
 from probe.places import Folder, Objects, Place, place
 from probe.schema import DONE, EMPTY
@@ -94,8 +94,8 @@ def verify(path: object, *, repair: bool = False) -> list[Damage]:
     release = _hold(where) if repair else (lambda: None)
     try:
         mode: Literal["r", "r+"] = "r+" if repair else "r"
-        group = zarr.open_group(where.zarr, mode=mode, zarr_format=3, use_consolidated=False)
-        data = [name for name in attrs["arrays"] if name != "loss"]
+        group = opened(where.zarr, mode)
+        data = data_arrays(attrs)
         for name, array in group.arrays():
             if name not in data:
                 _require_readable(where, str(name), array)

@@ -199,7 +199,7 @@ class Writer:
             pairs = zip(corner, own.shape[1:], strict=True)
             extent: Any = [slice(at, at + n) for at, n in pairs]
             rows: Any = np.array(which) - part.start
-            if which[-1] - which[0] + 1 == len(which) and which == tuple(sorted(which)):
+            if which == tuple(range(which[0], which[-1] + 1)):
                 rows = slice(rows[0], rows[-1] + 1)  # many times as fast
             block = self._block(part, name)
             same = own.dtype.kind in "OT" or own.dtype == block.dtype
@@ -285,11 +285,7 @@ class Writer:
             return
         try:
             if self._publish is None:
-                for start in list(self._arrivals.parts):
-                    part = self._arrivals.parts.pop(start)
-                    if part.arrived:
-                        self._commit(part)
-                self.wait()
+                self.save()
                 self._ledger.force()
         finally:
             self._line.close()
