@@ -317,6 +317,7 @@ def figures(name: str, data: Path, folder: Path, again: int = 3) -> dict[str, fl
     out["written again"], out["again"] = (statistics.median(x) for x in zip(*later, strict=True))
     sizes = [file.stat().st_size for file in target.rglob("*") if file.is_file()]
     out["bytes"], out["files"] = float(sum(sizes)), float(len(sizes))
+    del problems  # who reads a store does not hold all of it
     for what, read in (("head", contender.head), ("problem", contender.problem)):
         for state in ("cold", "warm"):
             times = []

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from probe import disk
-from probe.arrays import data_arrays, dims, label_columns, named, opened
+from probe.arrays import data_arrays, dims, every, label_columns, opened
 from probe.errors import InputError, StoreError
 from probe.places import Place
 from probe.schema import DONE, Labels
@@ -74,7 +74,7 @@ class Ledger:
         """Open the arrays where the store is now."""
         group = opened(self.place.zarr, "r+")
         self.attrs: Mapping[str, Any] = dict(group.attrs)
-        self.arrays = {str(name): named(group, str(name)) for name, _ in group.arrays()}
+        self.arrays = every(group)
 
     @property
     def status(self) -> npt.NDArray[np.uint8]:

@@ -54,28 +54,33 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
     where = place(path)
     attrs = attributes(where)
     try:
-        ds: xr.Dataset = xr.open_zarr(where.zarr, consolidated=False, chunks=None)
+        with _fastest(where):
+            group = opened(where.zarr)
+            arrays = {name: named(group, name) for name in data_arrays(attrs)}
+        ours = [name for name, one in arrays.items() if one.dtype.kind in "fu" and one.shards]
+        ds: xr.Dataset = xr.open_zarr(
+            where.zarr, consolidated=False, chunks=None, drop_variables=ours
+        )
         status = ds["status"].values
     except (ValueError, RuntimeError, KeyError) as error:
         raise StoreError(
             f"{where} is damaged: its labels cannot be read ({error}). Restore it from a copy."
         ) from error
-    with _fastest(where):
-        group = opened(where.zarr)
-        arrays = {name: named(group, name) for name in data_arrays(attrs)}
     # stores of earlier versions have no file for shards that hold nothing
     whole = bool(attrs.get("whole_shards"))
-    for name, array in arrays.items():
-        if array.dtype.kind in "fu" and array.shards:
-            stored = Stored(where, name, array, status, whole)
-            lazy = indexing.LazilyIndexedArray(stored)
-            cut = dict(zip(dims(array), zip(array.shape, array.shards, strict=True), strict=True))
-            if "query" in cut and cut["query"][0] > cut["query"][1]:  # problems split by rows
-                stored.count_rows(ds["query_position"].values)
-            how = {k: v for k, v in ds[name].encoding.items() if k in ("chunks", "shards")}
-            ds[name] = xr.Variable(dims(array), lazy, ds[name].attrs, how)
-            if chunks:
-                ds[name] = _chunked(ds[name], array.shards)
+    found = {}
+    for name in ours:
+        array = arrays[name]
+        stored = Stored(where, name, array, status, whole)
+        cut = dict(zip(dims(array), zip(array.shape, array.shards or (), strict=True), strict=True))
+        if "query" in cut and cut["query"][0] > cut["query"][1]:  # problems split by rows
+            stored.count_rows(ds["query_position"].values)
+        how = {"chunks": array.chunks, "shards": array.shards}
+        lazy = indexing.LazilyIndexedArray(stored)
+        found[name] = xr.Variable(dims(array), lazy, array.attrs.asdict(), how)
+        if chunks:
+            found[name] = _chunked(found[name], array.shards or ())
+    ds = ds.assign(found)
     run = np.flatnonzero(status != EMPTY)
     if len(run) == len(status):
         return ds
@@ -91,7 +96,7 @@ def _fastest(where: Place) -> Any:
     return zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
 
 
-def _chunked(array: xr.DataArray, shards: tuple[int, ...]) -> xr.DataArray:
+def _chunked(array: xr.Variable, shards: tuple[int, ...]) -> xr.Variable:
     if importlib.util.find_spec("dask") is None:
         raise InputError("chunks='shards' needs dask. Install it: pip install attn-probe[dask]")
     sizes = zip(array.dims, shards, array.shape, strict=True)
@@ -138,7 +143,7 @@ class Stored(BackendArray):
     def _touched(self, key: tuple[Any, ...]) -> Iterator[str]:
         """The shards of done problems that are read."""
         problems = np.atleast_1d(np.arange(self.shape[0])[key[0]])
-        done = np.unique(problems[self._status[problems] == DONE]).tolist()
+        done = np.sort(problems[self._status[problems] == DONE])
         return (shard for shard, _ in expected(self._name, self._array, done, self._rows))
 
     def _explain(self, key: tuple[Any, ...], why: str) -> None:

@@ -38,6 +38,7 @@ class Place(Protocol):
     def read(self, key: str) -> bytes | None: ...
     def exists(self, key: str) -> bool: ...
     def children(self, key: str) -> list[str]: ...
+    def set(self, key: str, value: bytes) -> None: ...
     def remove(self, key: str) -> None: ...
     def incoming(self, key: str) -> Incoming: ...
     def force(self, keys: Iterable[str]) -> None: ...
@@ -97,6 +98,11 @@ class Folder:
             return [item.name for item in (self.path / key).iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def set(self, key: str, value: bytes) -> None:
+        file = self.incoming(key)
+        file.write([value])
+        file.commit(durable=False)
 
     def remove(self, key: str) -> None:
         item = self.path / key
@@ -185,6 +191,19 @@ class Objects:
             return [key async for key in self.store.list()]
 
         return sync(listed())
+
+    def copy_to(self, where: Place) -> None:
+        """Have a small store at another place too; what says that there is a store comes last."""
+
+        async def all_of_it() -> dict[str, bytes]:
+            keys = [key async for key in self.store.list()]
+            found = [await self.store.get(key, default_buffer_prototype()) for key in keys]
+            return {key: one.to_bytes() for key, one in zip(keys, found, strict=True) if one}
+
+        for key, value in sorted(
+            sync(all_of_it()).items(), key=lambda item: item[0] == "zarr.json"
+        ):
+            where.set(key, value)
 
     def read(self, key: str) -> bytes | None:
         found = sync(self.store.get(key, default_buffer_prototype()))

@@ -9,7 +9,7 @@ and rewrites a shard for every part of it.
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from math import ceil, prod
 from typing import Any
 
@@ -89,8 +89,8 @@ def cut(grid: Grid, start: Sequence[int], block: Array) -> Iterator[Cut]:
 
 
 def expected(
-    name: str, array: "zarr.Array[Any]", problems: Sequence[int], rows: Array | None = None
-) -> Iterator[tuple[str, list[int]]]:
+    name: str, array: "zarr.Array[Any]", problems: npt.ArrayLike, rows: Array | None = None
+) -> Iterator[tuple[str, Array]]:
     """Keys of the shards that these problems must have, and which of them each holds.
 
     Args:
@@ -102,8 +102,10 @@ def expected(
     """
     shard, axes = array.shards or array.chunks, dims(array)
     sizes = dict(zip(axes, zip(array.shape, shard, strict=True), strict=True))
-    for first, some in groupby(problems, lambda i: int(i) // shard[0]):
-        which = [int(i) for i in some]
+    those = np.asarray(problems, int)
+    starts = np.flatnonzero(np.diff(those // shard[0], prepend=-1))
+    for which in np.split(those, starts)[1:]:
+        first = which[0] // shard[0]
         counts = {dim: ceil(n / cut) for dim, (n, cut) in sizes.items() if dim == "layer"}
         if rows is not None and "query" in sizes:
             counts["query"] = max(1, ceil(int(rows[which].max()) / sizes["query"][1]))

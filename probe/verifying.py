@@ -13,7 +13,7 @@ import zarr
 import zstandard
 
 from probe import disk
-from probe.arrays import data_arrays, named, opened
+from probe.arrays import data_arrays, every, opened
 from probe.errors import StoreError
 from probe.places import Folder, Objects, Place, place
 from probe.schema import DONE, EMPTY
@@ -94,21 +94,21 @@ def verify(path: object, *, repair: bool = False) -> list[Damage]:
     release = _hold(where) if repair else (lambda: None)
     try:
         mode: Literal["r", "r+"] = "r+" if repair else "r"
-        group = opened(where.zarr, mode)
+        arrays = every(opened(where.zarr, mode))
         data = data_arrays(attrs)
-        for name, array in group.arrays():
+        for name, array in arrays.items():
             if name not in data:
-                _require_readable(where, str(name), array)
-        status = np.asarray(named(group, "status")[...])
+                _require_readable(where, name, array)
+        status = np.asarray(arrays["status"][...])
         done = np.flatnonzero(status == DONE).tolist()
-        rows = (np.asarray(named(group, "query_position")[...]) >= 0).sum(1)
+        rows = (np.asarray(arrays["query_position"][...]) >= 0).sum(1)
         whole = attrs.get("whole_shards")
-        ids = [str(name) for name in np.asarray(named(group, "problem")[...])]
+        ids = [str(name) for name in np.asarray(arrays["problem"][...])]
         tasks = [
-            (key, named(group, name), which)
+            (key, arrays[name], which)
             for name in data
-            for key, which in expected(name, named(group, name), done, rows)
-            if where.exists(key) or (whole and grid(name, named(group, name)))
+            for key, which in expected(name, arrays[name], done, rows)
+            if where.exists(key) or (whole and grid(name, arrays[name]))
         ]
         with ThreadPoolExecutor(THREADS) as pool:
             reasons = list(pool.map(lambda task: damage(where, task[0], task[1]), tasks))
@@ -117,7 +117,7 @@ def verify(path: object, *, repair: bool = False) -> list[Damage]:
             for _, _, which, _ in bad:
                 status[which] = EMPTY
             if bad:
-                named(group, "status")[...] = status
+                arrays["status"][...] = status
             for key, *_ in bad:
                 where.remove(key)
         return [Damage(key, why, tuple(ids[i] for i in which)) for key, _, which, why in bad]
