@@ -1,23 +1,18 @@
 """The run: a model reads problems, and what its attention does goes into a store."""
 
-import math
-import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import xarray as xr
 from zarr.abc.store import Store
 
 from probe import store as stores
-from probe.disk import size
-from probe.errors import InputError
 from probe.interventions import Intervention
 from probe.model import Model
 from probe.planning import plan
-from probe.plans import Plan
+from probe.plans import Plan, Reduce
 from probe.reading import read
 from probe.running import OnError, Work, require, run
 from probe.schema import Site
@@ -36,7 +31,7 @@ def capture(
     queries: Selector = None,
     keys: Selector = None,
     interventions: Sequence[Intervention] = (),
-    reduce: Literal["moments"] | None = None,
+    reduce: Reduce | None = None,
     dtype: str = "float16",
     batch_size: int | None = None,
     max_length: int | None = None,
@@ -66,10 +61,15 @@ def capture(
         keys: Columns, likewise.
         interventions: What to change: see `Model.intervene`. They are recorded as data. What is
             stored is what the model then did.
-        reduce: "moments" to store no matrices but their mean and spread over problems, float32,
-            cell by cell of the stored rows and columns: what fits in memory for any number of
-            problems, none of them generated. `recipes.moments.stored` reads them. A run that is
-            killed loses about a minute.
+        reduce: What to store instead of the patterns, which are then computed in float32. Metrics
+            by name, as {"entropy": recipes.heads.entropy}: functions of a tensor (problem, head,
+            query, key) on the model's device that give (problem, head), or (problem, head, query
+            or key), as a float or int64; each is told those of `query_position` (query,),
+            `key_position` (key,) and `token_id` (problem, key) that it takes as keywords; a store
+            knows them by their names, not by their code. Or
+            "moments": mean and spread over problems, cell by cell of the stored rows and columns:
+            what fits in memory for any number of problems, none of them generated;
+            `recipes.moments.stored` reads them, and a run that is killed loses about a minute.
         dtype: "float16" or "float32". Or codes, for patterns alone, which `probe.open` decodes:
             "uint16" (about the bytes of float16, and ten times as exact) or "uint8" (four tenths of
             them, for previews: rows sum to 1 within .01); see `probe.schema.coded`.
@@ -100,9 +100,13 @@ def capture(
         >>> ds = probe.capture(model, "train.jsonl", "last.zarr", queries="last:6", progress=False)
         >>> ds.pattern.sel(problem="0", layer=1, head=3).shape
         (6, 10)
+        >>> from recipes import heads
+        >>> metrics = {"entropy": heads.entropy}
+        >>> ds = probe.capture(model, "train.jsonl", "e.zarr", reduce=metrics, progress=False)
+        >>> ds.entropy.sizes
+        Frozen({'problem': 2, 'layer': 2, 'head': 4})
     """
     require(store, on_error, part, overwrite)
-    _check_reduce(reduce, sites, max_new_tokens)
     todo = plan(
         model,
         problems,
@@ -111,23 +115,22 @@ def capture(
         heads=heads,
         queries=queries,
         keys=keys,
-        dtype="float32" if reduce else dtype,
+        dtype=dtype,
         batch_size=batch_size,
         max_length=max_length,
         max_new_tokens=max_new_tokens,
         interventions=interventions,
+        reduce=reduce,
     )
-    if reduce:
-        todo = _summary(todo)
     work = Work(
         items=todo.items,
         batches=todo.batches,
         config=todo.config,
-        size=_size(todo) if reduce else todo.stored,
-        create=partial(_create, model, todo, reduce),
+        size=todo.stored,
+        create=partial(_create, model, todo),
         compute=partial(read, model, todo),
         puts=True,
-        around=SummaryWriter if reduce else None,
+        around=SummaryWriter if reduce == "moments" else None,
     )
     return run(
         model,
@@ -141,46 +144,16 @@ def capture(
     )
 
 
-def _check_reduce(reduce: object, sites: object, max_new_tokens: int) -> None:
-    if reduce not in (None, "moments"):
-        raise InputError(f"reduce={reduce!r:.40}. Choose 'moments', or None to store matrices.")
-    if reduce and sites not in ("pattern", ("pattern",), ["pattern"]):
-        raise InputError(f"reduce='moments' keeps those of the pattern, not of {sites!r:.40}.")
-    if reduce and max_new_tokens:
-        raise InputError(
-            f"reduce='moments' with {max_new_tokens=}: rows of one number would be of other tokens "
-            "in each problem. Generate first, and capture the whole texts."
-        )
-
-
-def _size(todo: Plan) -> int:
-    """Bytes of mean and squared deviations, which are in memory while it runs."""
-    return 8 * math.prod([len(todo.layers), len(todo.heads), *todo.sizes.values()])
-
-
-def _summary(todo: Plan) -> Plan:
-    """The same, as a store of moments records it."""
-    need, have = _size(todo), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > have:
-        raise InputError(
-            f"the moments need {size(need)} of memory, and this machine has {size(have)}. Select "
-            "fewer layers, heads, queries or keys."
-        )
-    return replace(todo, config={**todo.config, "reduce": "moments"})
-
-
-def _create(
-    model: Model, todo: Plan, reduce: str | None, where: object, **options: Any
-) -> stores.Writer:
+def _create(model: Model, todo: Plan, where: object, **options: Any) -> stores.Writer:
     return stores.create(
         where,
         labels=[item.labels(model) for item in todo.items],
         layers=todo.layers,
         heads=todo.heads,
         config=todo.config,
-        sites=() if reduce else todo.sites,
+        sites=(),
+        reduced=todo.arrays,
         sizes=todo.sizes | {"head_dim": todo.z_width},
-        dtype=todo.dtype,
-        attrs={**todo.attrs, **({"reduce": reduce} if reduce else {})},
+        attrs=todo.attrs,
         **options,
     )

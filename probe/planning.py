@@ -16,9 +16,10 @@ from probe.describing import as_data
 from probe.errors import InputError
 from probe.interventions import Intervention, lasting, of_items, require
 from probe.model import Model
-from probe.plans import Item, Plan
+from probe.plans import Item, Plan, Reduce
 from probe.problems import Problem, Problems
 from probe.problems import problems as read_problems
+from probe.reducing import reduced
 from probe.schema import DType, Site
 from probe.selection import Selector
 
@@ -41,6 +42,7 @@ def plan(
     max_length: int | None = None,
     max_new_tokens: int = 0,
     interventions: Sequence[Intervention] = (),
+    reduce: Reduce | None = None,
 ) -> Plan:
     """Work out what `capture` with these arguments would compute and write; nothing is run.
 
@@ -59,6 +61,7 @@ def plan(
         max_length: Longer problems are cut to so many tokens.
         max_new_tokens: The model goes on greedily, so many tokens at most.
         interventions: What is changed: see `Model.intervene`.
+        reduce: What is stored instead of the patterns: see `capture`.
 
     Raises:
         InputError: Something cannot be used; the message names the problem and the value.
@@ -73,7 +76,7 @@ def plan(
     if not isinstance(model, Model):
         raise InputError(f"model is a {type(model).__name__}. Give what probe.load returns.")
     _check_new(model, max_new_tokens)
-    return prepare(
+    todo = prepare(
         model,
         problems,
         partial(_script, model, max_new_tokens),
@@ -88,6 +91,7 @@ def plan(
         max_new_tokens=max_new_tokens,
         interventions=interventions,
     )
+    return reduced(todo, reduce)
 
 
 class Script(NamedTuple):

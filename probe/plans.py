@@ -1,8 +1,9 @@
 """What a capture computes and writes, as data: `Plan`, and the `Item`s in it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from math import prod
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,6 +51,26 @@ class Item:
         )
 
 
+Reduce = Literal["moments"] | Mapping[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """A metric that is stored instead of the patterns.
+
+    Attributes:
+        function: What makes it of a pattern (problem, head, query, key).
+        takes: Which of query_position, key_position and token_id it is told.
+        array: How it is stored.
+        square: Whether it needs the same rows and columns.
+    """
+
+    function: Callable[..., Any]
+    takes: tuple[str, ...]
+    array: schema.Array
+    square: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a capture computes and writes. Printing it gives a summary.
@@ -70,6 +91,7 @@ class Plan:
         batches: Indices of the problems that run together, the same whenever a run is resumed.
         seconds: Least time that the model's own arithmetic takes on this machine, from its
             number of operations and the speed of one matrix product measured now.
+        reduce: What is stored instead of the patterns: metrics, or their moments.
     """
 
     items: tuple[Item, ...]
@@ -86,6 +108,7 @@ class Plan:
     attrs: Mapping[str, Any] = field(repr=False)
     batches: tuple[tuple[int, ...], ...] = field(repr=False)
     seconds: float
+    reduce: Literal["moments"] | Mapping[str, Reduction] | None = None
 
     def some_heads(self, n_heads: int) -> tuple[int, ...] | None:
         """Its heads; None where they are all that there are, which are read at once."""
@@ -104,13 +127,28 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the stored matrices before compression, without padding."""
+        """Bytes that are kept before compression, without padding."""
+        each = len(self.layers) * len(self.heads)
+        if self.reduce == "moments":  # mean and squared deviations, float32
+            return 8 * each * prod(self.sizes.values())
+        if self.reduce:
+            sizes = {**self.sizes, "problem": len(self.items), "layer": 1, "head": each}
+            kept = self.arrays.values()
+            return sum(np.dtype(a.dtype).itemsize * prod(sizes[d] for d in a.dims) for a in kept)
         squares = sum(len(item.queries) * len(item.keys) for item in self.items)
         cells = squares * len(self.matrices)
         if "z" in self.sites:
             cells += sum(len(item.queries) for item in self.items) * self.z_width
-        width = np.dtype(self.dtype).itemsize
-        return cells * len(self.layers) * len(self.heads) * width
+        return cells * each * np.dtype(self.dtype).itemsize
+
+    @property
+    def arrays(self) -> Mapping[str, schema.Array]:
+        """What is stored of each problem, by name."""
+        if self.reduce == "moments":
+            return {}
+        if self.reduce:
+            return {name: one.array for name, one in self.reduce.items()}
+        return {site: schema.site(site, dtype=self.dtype) for site in self.sites}
 
     @property
     def matrices(self) -> tuple[MatrixSite, ...]:
@@ -128,6 +166,8 @@ class Plan:
     @property
     def stored(self) -> int:
         """Bytes expected on disk: measured ratios of trained models, 0.4 (0.65 when tiny)."""
+        if self.reduce:
+            return self.bytes
         tiny = all(len(item.queries) * len(item.keys) <= TINY_CELLS for item in self.items)
         share = 0.65 if tiny else 0.4
         factor = {"float32": 1.2, "uint16": 1.07, "uint8": 0.84}.get(self.dtype, 1.0)
@@ -137,22 +177,25 @@ class Plan:
     def layout(self) -> Layout:
         """How the store will be cut into files."""
         own = {"problem": len(self.items), "layer": len(self.layers), "head": len(self.heads)}
-        sites: Mapping[str, schema.Array] = {
-            site: schema.site(site, dtype=self.dtype) for site in self.sites
-        }
-        return schema.layout(sites, sizes=self.sizes | own | {"head_dim": self.z_width})
+        return schema.layout(self.arrays, sizes=self.sizes | own | {"head_dim": self.z_width})
 
     def __str__(self) -> str:
-        layout, first = self.layout, self.sites[0]
-        dims = schema.SITES[first][0]
-        widest = max(len(item.queries) for item in self.items)
         longest = max(item.length for item in self.items)
         return (
             f"{len(self.items)} problems, {self.tokens} tokens (longest {longest}), "
             f"{len(self.batches)} batches\n"
             f"{' + '.join(self.sites)}: {len(self.layers)} layers x {len(self.heads)} heads x "
-            f"up to {widest} rows, {self.dtype}: {self.rows} rows, {readable(self.bytes)} "
-            f"({readable(self.stored)} expected on disk)\n"
-            f"files of {schema.cuts(dims, layout.chunks[first], layout.shards[first])}\n"
+            f"up to {self.sizes['query']} rows, {self.dtype}: {self.rows} rows, {self._kept}\n"
             f"at least {self.seconds:.1f} s of model time on this machine"
         )
+
+    @property
+    def _kept(self) -> str:
+        if self.reduce == "moments":
+            return f"of which mean and spread are kept: {readable(self.bytes)}, in memory too"
+        if self.reduce:
+            return f"of which {', '.join(self.arrays)} are kept: {readable(self.bytes)}"
+        files = self.layout
+        first, array = next(iter(self.arrays.items()))
+        cuts = schema.cuts(array.dims, files.chunks[first], files.shards[first])
+        return f"{readable(self.bytes)} ({readable(self.stored)} expected on disk)\nfiles of {cuts}"

@@ -19,6 +19,7 @@ from probe.matrices import Readable
 from probe.model import Model
 from probe.planning import continued
 from probe.plans import Item, Plan
+from probe.reducing import apply
 from probe.running import Into, Reading
 from probe.tap import run
 
@@ -61,11 +62,17 @@ def read(
         place = todo.layers.index(layer)
         for which, alike in groups:
             part = seen.cut(which, alike[0].length)
+            own = range(which.start, which.stop)
             for site in todo.matrices:
                 shape = (len(todo.heads), len(alike[0].queries), len(alike[0].keys))
                 out = torch.empty(len(alike), *shape, dtype=dtype)
-                _fill(part, site, out, alike[0], heads)
-                into.put(range(which.start, which.stop), site, out.numpy(), place)
+                here = _computed(part, site, out, alike[0], heads)
+                if isinstance(todo.reduce, Mapping):
+                    for name, metric in todo.reduce.items():
+                        into.put(own, name, apply(metric, here, alike), place)
+                else:
+                    home = out if here is out else out.copy_(here)  # in one piece
+                    into.put(own, site, home.numpy(), place)
         if "z" in todo.sites:
             z = attention.z
             for which, alike in groups:
@@ -173,17 +180,15 @@ def _alike(items: Sequence[Item]) -> Iterator[tuple[slice, list[Item]]]:
         start += len(alike)
 
 
-def _fill(
+def _computed(
     seen: Readable, site: Site, out: Tensor, item: Item, heads: tuple[int, ...] | None
-) -> None:
-    """Compute a layer where the model is, and bring it home in one piece."""
+) -> Tensor:
+    """A layer, computed where the model is; in `out` if that is there."""
     everything = tuple(range(item.length))
     queries = None if item.queries == everything else item.queries
     keys = None if item.keys == everything else item.keys
     here = out if seen.device == out.device else torch.empty_like(out, device=seen.device)
-    fill(seen, here, site, queries=queries, keys=keys, heads=heads)
-    if here is not out:
-        out.copy_(here)
+    return fill(seen, here, site, queries=queries, keys=keys, heads=heads)
 
 
 def logits(model: Model, items: Sequence[Item], *interventions: Intervention) -> Tensor:

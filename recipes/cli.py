@@ -162,7 +162,8 @@ def capture(
     part: Part = "1/1",
     fsync: Annotated[bool, typer.Option(help="Force each file to the disk at once.")] = False,
     reduce: Annotated[
-        str | None, typer.Option(help="moments: keep only mean and spread over problems.")
+        str | None,
+        typer.Option(help="Keep only moments over problems; or metrics: heads.entropy,flow.flow."),
     ] = None,
     plan: Annotated[bool, typer.Option(help="Only say what would be done.")] = False,
 ) -> None:
@@ -179,13 +180,14 @@ def capture(
         "batch_size": batch_size,
         "max_length": max_length,
         "max_new_tokens": max_new_tokens,
+        "reduce": reduce if reduce in (None, "moments") else _metrics(reduce),
     }
     with probe.load(model) as loaded:
         if plan:
             typer.echo(str(probe.plan(loaded, chosen, **options)))
             return
         more: dict[str, Any] = {"on_error": on_error, "overwrite": overwrite}
-        more |= {"part": parted(part), "fsync": fsync, "reduce": reduce}
+        more |= {"part": parted(part), "fsync": fsync}
         ds = probe.capture(loaded, chosen, out, **options, **more)
     typer.echo(f"{progress(ds)}: {out}")
     echo_failures(ds)
@@ -295,6 +297,11 @@ def _metric(name: str) -> Callable[..., Any]:
         f"there is no metric {name!r}. Name one like heads.induction, heads.entropy or flow.hub, "
         "or a function of your own as package.module.function."
     )
+
+
+def _metrics(names: str) -> dict[str, Callable[..., Any]]:
+    """Several, by what comes last in each name."""
+    return {name.strip().rpartition(".")[2]: _metric(name.strip()) for name in names.split(",")}
 
 
 def _draw_patterns(

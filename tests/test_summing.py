@@ -125,8 +125,7 @@ def test_a_problem_that_fails_is_not_counted(model: Model, tmp_path: Path) -> No
 
 def test_what_cannot_be_summed_is_refused(model: Model, tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"reduce": "mean"}, "reduce='mean'. Choose 'moments', or None to store matrices."),
-        ({"sites": "z"}, "reduce='moments' keeps those of the pattern, not of 'z'."),
+        ({"sites": "z"}, "reduce= is for the pattern, not for z."),
         (
             {"max_new_tokens": 3},
             "reduce='moments' with max_new_tokens=3: rows of one number would be of other tokens "
