@@ -80,7 +80,7 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
         found[name] = xr.Variable(dims(array), lazy, array.attrs.asdict(), how)
         if chunks:
             found[name] = _chunked(found[name], array.shards or ())
-    ds = ds.assign(found)
+    ds = xr.Dataset(found | dict(ds.data_vars), ds.coords, ds.attrs)
     run = np.flatnonzero(status != EMPTY)
     if len(run) == len(status):
         return ds
