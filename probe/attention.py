@@ -320,9 +320,13 @@ class AttentionCall:
             start = bounds(keys, self.n_keys)[0]
             plain = keys is None or (isinstance(keys, slice) and keys.step in (None, 1))
             if plain and rows[0] + 1 > start:
-                visible = rows[0] + 1 - start
+                ahead = s[..., rows[0] + 1 - start :]
                 keys = slice(rows[0] + 1, bounds(keys, self.n_keys)[1])
-                s[..., visible:].masked_fill_(~self.keep(queries, keys), -torch.inf)
+                if queries is None or (isinstance(queries, slice) and queries.step in (None, 1)):
+                    hidden = torch.ones(ahead.shape[2:], dtype=torch.bool, device=s.device).triu()
+                else:
+                    hidden = ~self.keep(queries, keys)
+                ahead.masked_fill_(hidden, -torch.inf)
                 return s
         elif self.mask is not None and self.mask.ndim == 4 and self.mask.dtype != torch.bool:
             s = s + self._mask4(self.mask, queries, keys).to(s.dtype)

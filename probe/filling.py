@@ -1,9 +1,10 @@
 """Scores and patterns written into memory that is there, tile by tile, without temporaries."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from probe.matrices import Matrices, Readable
 
 # (rows, bytes of float32 scores) of a tile: on a CPU it stays in a core's cache, on a GPU it keeps
 # the launches few.
-_TILES = {"cpu": (64, 1 << 20)}
+_TILES = {"cpu": (64, 1 << 21)}
 _GPU_TILE = (1024, 1 << 26)
 
 
@@ -67,24 +68,38 @@ def _fill(
     empty = 0.0 if site == "pattern" else -torch.inf
     chosen = None if queries is None else positions(queries, call.n_queries, out.device)
     columns = None if keys is None else positions(keys, call.n_keys, out.device)
-    exact = replace(call, query=wide(call.query), key=wide(call.key))
-    for batch, groups, rows in _tiles(call, out.shape[2]):
-        part = exact.part(batch, groups)
-        index = rows if chosen is None else chosen[rows].tolist()
-        low, high = _reach(part, index)
-        s = part.scores(queries=index, keys=slice(low, high))
-        if site == "pattern":
-            s = part.normalise(s)
-        tile = out[batch, call.head_slice(groups), rows]
-        if columns is None:
-            tile[..., :low] = empty
-            tile[..., low:high] = s
-            tile[..., high:] = empty
-        else:
-            inside = ((columns >= low) & (columns < high)).nonzero()[:, 0]
-            tile.fill_(empty)
-            tile[..., inside] = s[..., columns[inside] - low].to(out.dtype)
+    # A product with keys that do not lie in order would copy them for every tile.
+    exact = replace(call, query=wide(call.query), key=wide(call.key).contiguous())
+    batches, groups, rows = _tiles(call, out.shape[2])
+    for items, group in product(batches, groups):
+        part = exact.part(items, group)
+        for some in rows:
+            index = some if chosen is None else chosen[some].tolist()
+            low, high = _reach(part, index)
+            s = part.scores(queries=index, keys=slice(low, high))
+            if site == "pattern":
+                s = part.normalise(s)
+            tile = out[items, call.head_slice(group), some]
+            if columns is None:
+                tile[..., :low] = empty
+                tile[..., low:high] = s
+                tile[..., high:] = empty
+            else:
+                inside = ((columns >= low) & (columns < high)).nonzero()[:, 0]
+                tile.fill_(empty)
+                tile[..., inside] = s[..., columns[inside] - low].to(out.dtype)
     return out
+
+
+def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on the CPU to fill.
+
+    NumPy asks the system for large pages, which torch does not: to touch new memory for the first
+    time then costs a tenth.
+    """
+    if dtype not in (torch.float16, torch.float32):
+        return torch.empty(*shape, dtype=dtype)
+    return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
 
 
 def _reach(call: AttentionCall, queries: Index) -> tuple[int, int]:
@@ -100,12 +115,12 @@ def _reach(call: AttentionCall, queries: Index) -> tuple[int, int]:
     return min(low, n_keys), max(0, min(stop + ahead, n_keys))
 
 
-def _tiles(call: AttentionCall, n_rows: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cache-sized tiles: (batch items, key heads, rows)."""
+def _tiles(call: AttentionCall, n_rows: int) -> Sequence[Sequence[slice]]:
+    """Cache-sized tiles: batch items, key heads, rows."""
     n_batch = call.query.shape[0]
     rows, budget = _TILES.get(call.device.type, _GPU_TILE)
     rows = max(1, min(rows, n_rows))
     group_bytes = 4 * max(1, call.n_keys) * call.share * rows
     groups = max(1, min(call.n_kv_heads, budget // group_bytes))
     batch = max(1, min(n_batch, budget // (group_bytes * call.n_kv_heads)))
-    return product(slices(n_batch, batch), slices(call.n_kv_heads, groups), slices(n_rows, rows))
+    return slices(n_batch, batch), slices(call.n_kv_heads, groups), slices(n_rows, rows)
