@@ -1,6 +1,8 @@
 """The zarr arrays of a store: how long they are, made empty, labelled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from math import ceil
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -12,6 +14,7 @@ from probe import schema
 from probe.errors import InputError
 from probe.schema import Labels
 
+_WHOLE: Any = {"write_empty_chunks": True}  # a file that is missing was lost
 _CODE = "probability = (value / {}) ** 2"
 
 
@@ -82,6 +85,7 @@ def make_arrays(
             compressors=ZstdCodec(level=level, checksum=True),  # a flipped byte is an error
             dimension_names=spec.dims,
             attributes={"code": _CODE.format(np.iinfo(spec.dtype).max)} if coded else {},
+            config=_WHOLE,
         )
 
     for name, spec in arrays.items():
@@ -115,6 +119,9 @@ def write_labels(
     }
     for name, values in indexes.items():
         arrays[name][:] = values
+    for name in ("status", "error", "loss"):  # empty as they are: a file that is missing was lost
+        if name in arrays:
+            arrays[name][:] = arrays[name][:]
     for start in range(0, len(labels), block):
         some = labels[start : start + block]
         for name, values in label_columns(some, rows, keys).items():
@@ -125,10 +132,15 @@ def add_coordinate(group: zarr.Group, dim: str, values: Sequence[float] | Sequen
     """Label a dim with numbers or texts."""
     texts = isinstance(values[0], str)
     size = (len(values),)
-    group.create_array(
-        dim, shape=size, chunks=size, dtype=str if texts else "float64", dimension_names=[dim]
+    array = group.create_array(
+        dim,
+        shape=size,
+        chunks=size,
+        dtype=str if texts else "float64",
+        dimension_names=[dim],
+        config=_WHOLE,
     )
-    named(group, dim)[:] = np.array(values, object if texts else "float64")
+    array[:] = np.array(values, object if texts else "float64")
 
 
 def label_columns(labels: Sequence[Labels], rows: int, keys: int) -> dict[str, npt.NDArray[Any]]:
@@ -156,8 +168,16 @@ def data_arrays(attrs: Mapping[str, Any]) -> list[str]:
 
 
 def every(group: zarr.Group) -> dict[str, zarr.Array[Any]]:
-    """All arrays of a store; looked up at once, which is faster than one by one."""
-    return cast("dict[str, zarr.Array[Any]]", dict(group.arrays()))
+    """All arrays of a group; looked up at once, which is faster than one by one."""
+    with zarr.config.set({"array.write_empty_chunks": True}):  # a file that is missing was lost
+        return cast("dict[str, zarr.Array[Any]]", dict(group.arrays()))
+
+
+def chunks_of(array: "zarr.Array[Any]") -> Iterator[str]:
+    """Keys, below the array's own, of all files that it has when nothing is left out."""
+    cut = array.shards or array.chunks
+    for place in product(*(range(ceil(n / c)) for n, c in zip(array.shape, cut, strict=True))):
+        yield "/".join(["c", *map(str, place)])
 
 
 def named(group: zarr.Group, name: str) -> zarr.Array[Any]:

@@ -65,8 +65,8 @@ def capture(
             by name, as {"entropy": recipes.heads.entropy}: functions of a tensor (problem, head,
             query, key) on the model's device that give (problem, head), or (problem, head, query
             or key), as a float or int64; each is told those of `query_position` (query,),
-            `key_position` (key,) and `token_id` (problem, key) that it takes as keywords; a store
-            knows them by their names, not by their code. Or
+            `key_position` (key,) and `token_id` (problem, key) that it takes as keywords. A store
+            knows them by their code, and by what they hold. Or
             "moments": mean and spread over problems, cell by cell of the stored rows and columns:
             what fits in memory for any number of problems, none of them generated;
             `recipes.moments.stored` reads them, and a run that is killed loses about a minute.

@@ -74,7 +74,8 @@ class Ledger:
         """Open the arrays where the store is now."""
         group = opened(self.place.zarr, "r+")
         self.attrs: Mapping[str, Any] = dict(group.attrs)
-        self.arrays = every(group)
+        named = every(group)  # somebody may have added one without dims
+        self.arrays = {name: one for name, one in named.items() if len(dims(one)) == one.ndim}
 
     @property
     def status(self) -> npt.NDArray[np.uint8]:
@@ -205,7 +206,10 @@ class Ledger:
         array = self.arrays[name]
         first = start // (array.shards or array.chunks)[0]
         folder = f"{name}/c/{first}"
-        keys = [folder] if self.place.exists(folder) else _below(self.place, folder)
+        self.wrote([folder] if self.place.exists(folder) else _below(self.place, folder))
+
+    def wrote(self, keys: Sequence[str]) -> None:
+        """Remember files, and force them if that is wanted."""
         self.written.update(dict.fromkeys(keys))
         if self.durable:
             self.place.force(keys)

@@ -3,6 +3,8 @@
 import importlib.util
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import product
+from math import ceil
 from typing import Any, Literal
 
 import numpy as np
@@ -14,11 +16,11 @@ from xarray.core import indexing
 
 from probe.arrays import data_arrays, dims, named, opened
 from probe.errors import InputError, StoreError
-from probe.places import Objects, Place, place
-from probe.schema import DONE, EMPTY, decoded
+from probe.places import Folder, Objects, Place, place
+from probe.schema import COLUMNS, DONE, EMPTY, INDEXES, decoded
 from probe.sharding import expected
-from probe.stories import attributes
-from probe.verifying import damage
+from probe.stories import attributes, require_all
+from probe.verifying import damage, require_held
 
 
 def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset:
@@ -57,15 +59,20 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
         with _fastest(where):
             group = opened(where.zarr)
             arrays = {name: named(group, name) for name in data_arrays(attrs)}
-        ours = [name for name, one in arrays.items() if one.dtype.kind in "fu" and one.shards]
+        ours = [name for name, one in arrays.items() if one.dtype.kind in "fiu" and one.shards]
         ds: xr.Dataset = xr.open_zarr(
             where.zarr, consolidated=False, chunks=None, drop_variables=ours
         )
+        require_all(where, attrs, [*map(str, ds.variables), *ours])
         status = ds["status"].values
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise StoreError(
             f"{where} is damaged: its labels cannot be read ({error}). Restore it from a copy."
         ) from error
+    if attrs.get("whole_labels") and isinstance(where, Folder):  # elsewhere that would take long
+        for name in (*INDEXES, *COLUMNS):
+            if name in ds.variables:
+                _require_chunks(where, name, ds[name])
     # stores of earlier versions have no file for shards that hold nothing
     whole = bool(attrs.get("whole_shards"))
     found = {}
@@ -77,7 +84,8 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
             stored.count_rows(ds["query_position"].values)
         how = {"chunks": array.chunks, "shards": array.shards}
         lazy = indexing.LazilyIndexedArray(stored)
-        found[name] = xr.Variable(dims(array), lazy, array.attrs.asdict(), how)
+        told = {} if array.dtype.kind == "u" else array.attrs.asdict()  # how to read its codes
+        found[name] = xr.Variable(dims(array), lazy, told, how)
         if chunks:
             found[name] = _chunked(found[name], array.shards or ())
     ds = xr.Dataset(found | dict(ds.data_vars), ds.coords, ds.attrs)
@@ -87,6 +95,13 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
     if len(run) and run[-1] == len(run) - 1:  # the first ones: a slice reads faster than a list
         return ds.isel(problem=slice(len(run)))
     return ds.isel(problem=run)
+
+
+def _require_chunks(where: Folder, name: str, array: xr.DataArray) -> None:
+    """Every file of a label: zarr takes one that is lost for empty labels."""
+    cut = zip(array.shape, array.encoding["chunks"], strict=True)
+    for at in product(*(range(ceil(n / step)) for n, step in cut)):
+        require_held(where, "/".join([name, "c", *map(str, at)]))
 
 
 def _fastest(where: Place) -> Any:

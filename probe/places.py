@@ -37,6 +37,7 @@ class Place(Protocol):
     def vacant(self) -> bool: ...
     def read(self, key: str) -> bytes | None: ...
     def exists(self, key: str) -> bool: ...
+    def holds(self, key: str) -> bool: ...
     def children(self, key: str) -> list[str]: ...
     def set(self, key: str, value: bytes) -> None: ...
     def remove(self, key: str) -> None: ...
@@ -49,6 +50,7 @@ def place(where: object) -> "Folder | Objects":
 
     Raises:
         InputError: It is neither.
+        StoreError: It is an object that cannot be opened.
 
     Example:
         >>> str(place("run.zarr"))
@@ -57,7 +59,10 @@ def place(where: object) -> "Folder | Objects":
     if isinstance(where, Folder | Objects):
         return where
     if isinstance(where, Store):
-        sync(where._ensure_open())
+        try:
+            sync(where._ensure_open())
+        except FileNotFoundError as error:
+            raise StoreError(f"there is no store at {where}. Check the path.") from error
         return Objects(where)
     if isinstance(where, str | os.PathLike):
         return Folder(Path(where).expanduser())
@@ -92,6 +97,13 @@ class Folder:
 
     def exists(self, key: str) -> bool:
         return (self.path / key).is_file()
+
+    def holds(self, key: str) -> bool:
+        """Whether a file is there, and not empty as a machine that died may leave it."""
+        try:
+            return (self.path / key).stat().st_size > 0
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def children(self, key: str) -> list[str]:
         try:
@@ -212,6 +224,10 @@ class Objects:
     def exists(self, key: str) -> bool:
         return sync(self.store.exists(key))
 
+    def holds(self, key: str) -> bool:
+        """As `exists`: objects are set whole."""
+        return self.exists(key)
+
     def children(self, key: str) -> list[str]:
         async def listed() -> list[str]:
             return [name.rstrip("/") async for name in self.store.list_dir(key)]
@@ -240,6 +256,12 @@ class Objects:
         Raises:
             StoreError: Another writer has one of them.
         """
+        store = self.store
+        if store.read_only or not (store.supports_writes and store.supports_deletes):
+            raise StoreError(
+                f"{self} cannot be written: a {type(store).__name__} that is read-only, or from "
+                "which nothing can be deleted. Write into a folder, and copy it."
+            )
         mine = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}".encode()
         keys: list[str] = []
 

@@ -55,7 +55,7 @@ def grid(name: str, array: "zarr.Array[Any]") -> Grid | None:
     """The grid of an array of ours; None where zarr-python has to write it."""
     found: Any = array.compressors
     codecs = [codec.to_dict() for codec in found]
-    known = [codec["name"] for codec in codecs] == ["zstd"] and array.dtype.kind in "fu"
+    known = [codec["name"] for codec in codecs] == ["zstd"] and array.dtype.kind in "fiu"
     if array.shards is None or not known:
         return None
     options = codecs[0]["configuration"]

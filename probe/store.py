@@ -83,8 +83,8 @@ def create(
         fsync: Force each shard to the disk before its status; otherwise all is when the writer is
             closed. A process may die at any moment without it, a machine may not.
         part: (i, n): fill the i-th of n parts (from 1); n processes write the others.
-        hidden: Give a folder its name only when the writer's `publish` is called; closed before,
-            it leaves nothing.
+        hidden: Have the store where it belongs only when the writer's `publish` is called; closed
+            before, it leaves nothing, and what was there.
 
     Returns:
         A writer that holds the store until it is closed.
@@ -124,7 +124,7 @@ def create(
     blocks = owned(len(labels), layout.block, part)
     options: dict[str, Any] = {"part": part, "fsync": fsync}
     if isinstance(where, Objects):
-        return _create_objects(where, build, blocks, options, overwrite=overwrite)
+        return _create_objects(where, build, blocks, options, overwrite=overwrite, hidden=hidden)
     some = None if part[1] == 1 else blocks
     return _create_folder(where, build, some, options, overwrite=overwrite, hidden=hidden)
 
@@ -178,16 +178,29 @@ def _create_objects(
     options: Mapping[str, Any],
     *,
     overwrite: bool,
+    hidden: bool,
 ) -> Writer:
+    """Build in memory, and copy: what is there is replaced when the writer publishes."""
     _require_free(where, overwrite)
-    made = build()
+    target = build()
     release = where.lock(blocks, alone=True)
-    with disk.explained(where), contextlib.ExitStack() as undo:
-        undo.callback(where.clear)
-        where.clear(but=LOCKS)
-        made.copy_to(where)
-        undo.pop_all()
-    return Writer(where, release, **options)
+
+    def publish() -> None:
+        with disk.explained(where), contextlib.ExitStack() as undo:
+            undo.callback(where.clear, but=LOCKS)
+            where.clear(but=LOCKS)
+            target.copy_to(where)
+            undo.pop_all()
+        target.store = where.store
+
+    writer = Writer(target, release, publish=publish, **options)
+    try:
+        if not hidden:
+            writer.publish()
+    except BaseException:
+        writer.close()
+        raise
+    return writer
 
 
 def resume(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -28,15 +28,35 @@ def attributes(where: Place) -> dict[str, Any]:
             f"{where} has schema {found!r}, and this version reads {schema.SCHEMA!r}. "
             "Upgrade with: pip install --upgrade attn-probe"
         )
-    columns = (name for name in schema.COLUMNS if name != "loss")
-    names = dict.fromkeys((*schema.INDEXES, *columns, *attrs.get("arrays", ())))
-    missing = [name for name in names if not where.exists(f"{name}/zarr.json")]
-    if missing:
+    arrays, layout = attrs.get("arrays"), attrs.get("layout")
+    if not isinstance(arrays, list) or not isinstance(layout, list) or len(layout) != 2:
+        raise StoreError(
+            f"{where} is damaged: the attributes in its zarr.json lack arrays or "
+            "layout. Restore that file from a copy."
+        )
+    there = (name for name in _names(attrs) if where.exists(f"{name}/zarr.json"))
+    require_all(where, attrs, there)
+    return attrs
+
+
+def require_all(where: Place, attrs: Mapping[str, Any], found: Iterable[str]) -> None:
+    """Refuse a store that lacks one of its arrays, or has one that zarr leaves out.
+
+    Raises:
+        StoreError: Which.
+    """
+    there = set(found)
+    if missing := [name for name in _names(attrs) if name not in there]:
         raise StoreError(
             f"{where} is damaged: it lacks {', '.join(missing)}. "
             "Restore it from a copy, or make it anew with overwrite=True."
         )
-    return attrs
+
+
+def _names(attrs: Mapping[str, Any]) -> list[str]:
+    """The arrays that a store must have."""
+    columns = (name for name in schema.COLUMNS if name != "loss")
+    return list(dict.fromkeys((*schema.INDEXES, *columns, *attrs["arrays"])))
 
 
 def own_attributes(where: Place) -> dict[str, Any]:
@@ -87,6 +107,7 @@ def story(
         "config_sha256": hashlib.sha256(_canonical(made).encode()).hexdigest(),
         "arrays": [*arrays, "loss"] if loss else list(arrays),
         "layout": [layout.problems, layout.block],
+        "whole_labels": True,  # and so is each chunk of a label
         "whole_shards": True,  # each shard of a done problem is a file, even if it holds nothing
         # plain xarray.open_zarr reads from this which arrays are coordinates
         "coordinates": " ".join(schema.COORDINATES),

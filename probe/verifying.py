@@ -1,7 +1,7 @@
 """Whether a store is whole: every shard there, every checksum right."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -12,13 +12,13 @@ import numpy as np
 import zarr
 import zstandard
 
-from probe import disk
-from probe.arrays import data_arrays, every, opened
+from probe import disk, generations
+from probe.arrays import chunks_of, data_arrays, every, opened
 from probe.errors import StoreError
 from probe.places import Folder, Objects, Place, place
-from probe.schema import DONE, EMPTY
+from probe.schema import COLUMNS, DONE, EMPTY, INDEXES
 from probe.sharding import ABSENT, expected, grid
-from probe.stories import attributes
+from probe.stories import attributes, require_all
 
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -94,45 +94,94 @@ def verify(path: object, *, repair: bool = False) -> list[Damage]:
     release = _hold(where) if repair else (lambda: None)
     try:
         mode: Literal["r", "r+"] = "r+" if repair else "r"
-        arrays = every(opened(where.zarr, mode))
-        data = data_arrays(attrs)
-        for name, array in arrays.items():
-            if name not in data:
-                _require_readable(where, name, array)
+        try:
+            arrays = every(opened(where.zarr, mode))
+        except Exception as error:  # zarr has many kinds
+            raise StoreError(
+                f"{where} is damaged: its arrays cannot be opened ({error!s:.200}). Restore the "
+                "zarr.json of each from a copy."
+            ) from error
+        require_all(where, attrs, arrays)
+        _require_labels(where, attrs, arrays)
         status = np.asarray(arrays["status"][...])
-        done = np.flatnonzero(status == DONE).tolist()
-        rows = (np.asarray(arrays["query_position"][...]) >= 0).sum(1)
-        whole = attrs.get("whole_shards")
-        ids = [str(name) for name in np.asarray(arrays["problem"][...])]
-        tasks = [
-            (key, arrays[name], which)
-            for name in data
-            for key, which in expected(name, arrays[name], done, rows)
-            if where.exists(key) or (whole and grid(name, arrays[name]))
-        ]
-        with ThreadPoolExecutor(THREADS) as pool:
-            reasons = list(pool.map(lambda task: damage(where, task[0], task[1]), tasks))
-        bad = [(*task, why) for task, why in zip(tasks, reasons, strict=True) if why]
-        if repair:
-            for _, _, which, _ in bad:
+        if attrs.get("reduce") == "moments":
+            bad = list(_damaged_moments(where, status))
+        else:
+            bad = _damaged_shards(where, attrs, arrays, status)
+        if repair and bad:
+            for _, _, which in bad:
                 status[which] = EMPTY
-            if bad:
-                arrays["status"][...] = status
+            arrays["status"][...] = status
             for key, *_ in bad:
-                where.remove(key)
-        return [Damage(key, why, tuple(ids[i] for i in which)) for key, _, which, why in bad]
+                if key != generations.FOLDER:  # what else is in it is whole
+                    where.remove(key)
+        ids = [str(name) for name in np.asarray(arrays["problem"][...])]
+        return [Damage(key, why, tuple(ids[i] for i in which)) for key, why, which in bad]
     finally:
         release()
 
 
-def _require_readable(where: Place, name: str, array: "zarr.Array[Any]") -> None:
-    try:
-        array[...]
-    except Exception as error:  # each codec has kinds of its own
+Bad = tuple[str, str, Any]  # a file, what is wrong with it, and problems that it holds
+
+
+def _damaged_shards(
+    where: Place, attrs: Any, arrays: dict[str, "zarr.Array[Any]"], status: Any
+) -> list[Bad]:
+    rows = (np.asarray(arrays["query_position"][...]) >= 0).sum(1)
+    whole = attrs.get("whole_shards")
+    tasks = [
+        (key, arrays[name], which)
+        for name in data_arrays(attrs)
+        for key, which in expected(name, arrays[name], np.flatnonzero(status == DONE), rows)
+        if where.exists(key) or (whole and grid(name, arrays[name]))
+    ]
+    with ThreadPoolExecutor(THREADS) as pool:
+        reasons = list(pool.map(lambda task: damage(where, task[0], task[1]), tasks))
+    return [(key, why, who) for (key, _, who), why in zip(tasks, reasons, strict=True) if why]
+
+
+def _damaged_moments(where: Place, status: Any) -> Iterator[Bad]:
+    """Parts that cannot be read, with the problems that are in no other; those in none at all."""
+    whole, bad = [], []
+    for part in generations.parts(where):
+        try:
+            whole.append(generations.latest(where, part))
+        except StoreError as error:
+            bad.append((f"{generations.FOLDER}/{part}", str(error.__cause__)))
+    lost = generations.lacking(status == DONE, [one for one in whole if one])
+    if len(lost) and not bad:
+        bad = [(generations.FOLDER, "no moments hold these problems")]
+    for key, why in bad:
+        yield key, why, lost
+
+
+def _require_labels(where: Place, attrs: Any, arrays: dict[str, "zarr.Array[Any]"]) -> None:
+    for name, array in arrays.items():
+        if name in data_arrays(attrs):
+            continue
+        if attrs.get("whole_labels") and name in (*INDEXES, *COLUMNS):
+            for chunk in chunks_of(array):
+                require_held(where, f"{name}/{chunk}")
+        try:
+            array[...]
+        except Exception as error:  # each codec has kinds of its own
+            raise StoreError(
+                f"{where} is damaged: its labels {name!r} cannot be read ({error}). Restore the "
+                f"files under {name}/ from a copy."
+            ) from error
+
+
+def require_held(where: Place, key: str) -> None:
+    """Refuse a store that has lost a file of its labels.
+
+    Raises:
+        StoreError: It is missing or empty.
+    """
+    if not where.holds(key):
         raise StoreError(
-            f"{where} is damaged: its labels {name!r} cannot be read ({error}). Restore the files "
-            f"under {name}/ from a copy."
-        ) from error
+            f"{where} is damaged: {key}, of its labels, is missing or empty. "
+            "Restore it from a copy."
+        )
 
 
 def _hold(where: Folder | Objects) -> Callable[[], None]:

@@ -34,6 +34,8 @@ def trimmed(ds: _Data, problem: str | int) -> _Data:
         if not len(found):
             raise InputError(f"there is no problem {problem!r}. The first ones: {list(ids[:4])}.")
         problem = int(found[0])
+    if not len(ids):
+        raise InputError("there is no problem: none has run. Wait, or resume the capture.")
     if not -len(ids) <= problem < len(ids):
         raise InputError(f"there is no problem {problem}: give 0 to {len(ids) - 1}, or an id.")
     return _cut(ds.isel(problem=problem))

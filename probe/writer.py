@@ -248,6 +248,14 @@ class Writer:
         part.arrived[index] = (FAILED, np.nan, reason)
         self._commit_if_due(part)
 
+    def beside(self, keys: Sequence[str]) -> None:
+        """Take files that were written beside as its own: on the disk itself when those are.
+
+        Raises:
+            StoreError: The disk is full, or cannot be written.
+        """
+        self._line.do(partial(self._ledger.wrote, keys))
+
     def wait(self) -> None:
         """Until all that is complete is on the disk.
 

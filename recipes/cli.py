@@ -153,7 +153,7 @@ def capture(
     heads: Selector = None,
     queries: Selector = None,
     keys: Selector = None,
-    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="float16, float32, uint16 or uint8.")] = "float16",
     batch_size: Annotated[int | None, typer.Option(help="Problems in a batch at most.")] = None,
     max_length: MaxLength = None,
     max_new_tokens: Annotated[int, typer.Option(help="Let the model go on so far.")] = 0,
@@ -301,7 +301,13 @@ def _metric(name: str) -> Callable[..., Any]:
 
 def _metrics(names: str) -> dict[str, Callable[..., Any]]:
     """Several, by what comes last in each name."""
-    return {name.strip().rpartition(".")[2]: _metric(name.strip()) for name in names.split(",")}
+    found: dict[str, Callable[..., Any]] = {}
+    for name in map(str.strip, names.split(",")):
+        last = name.rpartition(".")[2]
+        if last in found:
+            raise InputError(f"two of --reduce {names} are called {last}. Keep them in two stores.")
+        found[last] = _metric(name)
+    return found
 
 
 def _draw_patterns(

@@ -46,7 +46,7 @@ def told(store: Path) -> dict[str, Any]:
     """What there is to say about a store, as JSON data."""
     ds = probe.open(store)
     sizes = [size for size in map(_size, store.expanduser().rglob("*")) if size is not None]
-    hidden = ("config", "coordinates", "layout", "whole_shards")
+    hidden = ("config", "coordinates", "layout", "whole_labels", "whole_shards")
     facts = {
         "done": progress(ds),
         "dims": {str(k): v for k, v in ds.sizes.items()},
@@ -62,7 +62,7 @@ def told(store: Path) -> dict[str, Any]:
     }
     if "loss" in ds:
         facts["mean loss (nats per token)"] = round(float(ds.loss.mean()), 4)
-    if "expected" in ds and bool(ds.correct.notnull().any()):
+    if "correct" in ds and bool(ds.correct.notnull().any()):
         facts["accuracy"] = round(float(ds.correct.mean()), 4)
     return facts
 

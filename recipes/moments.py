@@ -16,9 +16,9 @@ import xarray as xr
 
 import probe
 from probe.errors import InputError
+from probe.generations import every_latest
 from probe.places import place
 from probe.schema import DONE
-from probe.summing import kept
 
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -162,10 +162,15 @@ def stored(where: object) -> Moments:
         ('layer', 'head', 'query', 'key')
     """
     ds = probe.open(where)
+    if ds.attrs.get("reduce") != "moments":
+        raise InputError(
+            "this store has no moments. Make one with probe.capture(..., reduce='moments'), or "
+            "measure stored matrices with recipes.moments.over."
+        )
     axes = ("layer", "head", "query", "key")
     coords = {name: ds[name].values for name in axes}
     total: Moments | None = None
-    for one in kept(place(where)):
+    for one in every_latest(place(where)):
         shape, seen = one.mean.shape, one.count > 0
         fields = (
             np.broadcast_to(one.count, shape).astype("int64"),
@@ -175,10 +180,7 @@ def stored(where: object) -> Moments:
         data = (xr.Dataset({"pattern": (axes, field)}, coords) for field in fields)
         total = _merged(total, Moments(*data))
     if total is None:
-        raise InputError(
-            "this store has no moments. Make one with probe.capture(..., reduce='moments'), or "
-            "measure stored matrices with recipes.moments.over."
-        )
+        raise InputError("the store has no moments yet. Wait, or resume its capture.")
     return total
 
 

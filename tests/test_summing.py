@@ -1,6 +1,7 @@
 """Moments kept while a capture runs, against those of what it would have stored."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
+from transformers import BertConfig, BertModel
 from zarr.storage import MemoryStore
 
 import probe
-from probe import demos, summing
+from probe import demos, generations
 from probe.errors import InputError, StoreError
 from probe.model import Model
+from probe.places import place
 from recipes.moments import over, stored
 from tests.stores import says
 
@@ -73,20 +77,29 @@ def test_parts_are_merged(model: Model, tmp_path: Path) -> None:
 KILLED = """if True:
     import os, signal, sys
     import probe
-    from probe import summing
+    from probe import generations, summing
     from tests.test_summing import PROBLEMS
     summing.SECONDS = summing.SHARE = 0
-    real, seen, when, after = summing._create, [], sys.argv[2], int(sys.argv[3])
+    real, seen, when, after = generations._create, [], sys.argv[2], int(sys.argv[3])
+    part = tuple(map(int, sys.argv[4].split("/")))
     def create(group, name, values):
-        real(group, name, values)
+        array = real(group, name, values)
         if name == when:
             seen.append(1)
             if len(seen) == after:
                 os.kill(os.getpid(), signal.SIGKILL)
-    summing._create = create
+        return array
+    generations._create = create
     probe.capture(probe.load("demo-llama"), PROBLEMS, sys.argv[1], reduce="moments", batch_size=2,
-                  progress=False)
+                  progress=False, part=part)
 """
+
+
+def killed(path: Path, when: str, after: int, part: str = "1/1") -> None:
+    """A run that is killed after it has written an array so many times."""
+    command = [sys.executable, "-c", KILLED, str(path), when, str(after), part]
+    done = subprocess.run(command, check=False, cwd=Path(__file__).parents[1], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 
 @pytest.mark.parametrize(("when", "after"), [("mean", 3), ("loss", 2), ("members", 3)])
@@ -94,9 +107,7 @@ def test_a_run_that_dies_counts_no_problem_twice(
     model: Model, tmp_path: Path, when: str, after: int
 ) -> None:
     path = tmp_path / "m"
-    command = [sys.executable, "-c", KILLED, str(path), when, str(after)]
-    done = subprocess.run(command, check=False, cwd=Path(__file__).parents[1], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    killed(path, when, after)
     before = probe.open(path).sizes["problem"]
     assert 0 < before < len(PROBLEMS)
     found = int(stored(path).count.pattern.max())
@@ -105,7 +116,7 @@ def test_a_run_that_dies_counts_no_problem_twice(
     whole = probe.capture(model, PROBLEMS, tmp_path / "w", dtype="float32", batch_size=2, **quietly)
     same(stored(path), over(whole))
     np.testing.assert_allclose(ds.loss, whole.loss, rtol=1e-6)
-    assert len(summing._generations(probe.places.place(path), "moments/1-of-1")) == 1
+    assert len(generations.numbers(place(path), "1-of-1")) == 1
 
 
 def test_a_problem_that_fails_is_not_counted(model: Model, tmp_path: Path) -> None:
@@ -152,3 +163,111 @@ def test_moments_that_do_not_fit_in_memory_are_refused(
     monkeypatch.setattr(os, "sysconf", lambda name: 64)
     with pytest.raises(InputError, match=r"^the moments need 57\.6 kB of memory, and this machine"):
         probe.capture(model, PROBLEMS, tmp_path / "m", reduce="moments", **quietly)
+
+
+@pytest.mark.parametrize(("first", "then"), [("1/2", [(1, 1)]), ("1/1", [(1, 2), (2, 2)])])
+def test_a_run_that_dies_goes_on_in_other_parts(
+    model: Model, tmp_path: Path, first: str, then: list[tuple[int, int]]
+) -> None:
+    path, options = tmp_path / "m", {"reduce": "moments", "batch_size": 2, **quietly}
+    killed(path, "members", 2, first)
+    for part in then:
+        probe.capture(model, PROBLEMS, path, part=part, **options)
+    whole = probe.capture(model, PROBLEMS, tmp_path / "w", dtype="float32", batch_size=2, **quietly)
+    same(stored(path), over(whole))
+    assert probe.verify(path) == []
+
+
+LOST = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-3]),
+    "changed": lambda file: file.write_bytes(
+        bytes([file.read_bytes()[0] ^ 64]) + file.read_bytes()[1:]
+    ),
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+@pytest.mark.parametrize("name", generations.NAMES)
+def test_a_lost_file_is_said_and_repaired(
+    model: Model, tmp_path: Path, name: str, how: str
+) -> None:
+    path = tmp_path / "m"
+    for part in ((1, 2), (2, 2)):
+        ds = probe.capture(model, PROBLEMS, path, reduce="moments", part=part, **quietly)
+    known = stored(path)
+    folder = path / "moments" / "2-of-2" / "1" / name
+    file = next(one for one in sorted((folder / "c").rglob("*")) if one.is_file())
+    LOST[how](file)
+    unfinished = name == "members" and how in ("missing", "empty")
+    said = "6 problems are done, and no moments" if unfinished else "moments/2-of-2/1 cannot be"
+    with pytest.raises(StoreError, match=said):
+        stored(path)
+    second = [str(i) for i in ds.problem.values if int(i) >= len(PROBLEMS) // 2]
+    (found,) = probe.verify(path)
+    assert found.problems == tuple(second)
+    probe.verify(path, repair=True)
+    assert probe.open(path).sizes["problem"] == len(PROBLEMS) - len(second)
+    for part in ((1, 2), (2, 2)):
+        probe.capture(model, PROBLEMS, path, reduce="moments", part=part, **quietly)
+    same(stored(path), known)
+    assert probe.verify(path) == []
+
+
+def test_moments_that_are_gone_are_missed(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    probe.capture(model, PROBLEMS, path, reduce="moments", **quietly)
+    shutil.rmtree(path / "moments")
+    (found,) = probe.verify(path, repair=True)
+    assert found.reason == "no moments hold these problems"
+    assert len(found.problems) == len(PROBLEMS)
+    probe.capture(model, PROBLEMS, path, reduce="moments", **quietly)
+    assert int(stored(path).count.pattern.max()) == len(PROBLEMS)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_moments_are_forced_before_their_status(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    forced: list[str] = []
+    monkeypatch.setattr("probe.places._force", lambda path: forced.append(str(path)))
+    probe.capture(model, PROBLEMS, tmp_path / "m", reduce="moments", fsync=durable, progress=False)
+    members = [n for n, name in enumerate(forced) if "members/c/0" in name]
+    status = [n for n, name in enumerate(forced) if "status/c/0" in name]
+    assert members[0] < status[0]
+
+
+def test_a_reader_of_moments_that_are_replaced_tries_again(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m"
+    probe.capture(model, PROBLEMS, path, reduce="moments", **quietly)
+    known, there = stored(path), place(path)
+    real, calls = generations._read, []
+
+    def replacing(where: Any, folder: str) -> Any:
+        calls.append(folder)
+        found = real(where, folder)
+        if len(calls) == 1:  # a writer has finished another meanwhile
+            generations.write(there, "1-of-1", 2, found)
+            there.remove("moments/1-of-1/1")
+        return found
+
+    monkeypatch.setattr(generations, "_read", replacing)
+    same(stored(path), known)
+    assert calls == ["moments/1-of-1/1", "moments/1-of-1/2"]
+
+
+def test_models_that_look_ahead_have_moments_everywhere(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    problems = [ids[:n] for n in (5, 9) for ids in demos.repeated(20, 2, seed=n)]
+    with probe.load(BertModel(config).train(False)) as bert:
+        probe.capture(bert, problems, tmp_path / "m", reduce="moments", **quietly)
+        whole = probe.capture(bert, problems, tmp_path / "w", dtype="float32", **quietly)
+    same(stored(tmp_path / "m"), over(whole))
+    assert int(stored(tmp_path / "m").count.pattern[0, 0, 0, 4]) == 4

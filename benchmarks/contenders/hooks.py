@@ -1,0 +1,34 @@
+"""Plain forward hooks on an eager model: each takes what it wants, and lets go of the rest."""
+
+import numpy as np
+from torch import Tensor
+
+from benchmarks.case import Case, Run
+
+
+def hooks(case: Case) -> Run:
+    """A hook on every layer that is wanted."""
+    model, inputs = case.load("eager"), case.inputs
+    kept: list[Tensor] = []
+
+    def run() -> object:
+        kept.clear()
+        handles = [
+            model.model.layers[layer].self_attn.register_forward_hook(
+                lambda module, inputs, output: kept.append(case.kept(output[1]))
+            )
+            for layer in case.layers
+        ]
+        model(**inputs, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        if case.workload != "stored":
+            return list(kept)
+        for layer, pattern in enumerate(kept):
+            np.save(case.out / f"{layer}.npy", pattern.half().numpy())
+        return lambda: [np.load(case.out / f"{layer}.npy") for layer in case.layers]
+
+    return run
+
+
+WAYS = {"hooks": hooks}
