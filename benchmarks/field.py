@@ -45,7 +45,7 @@ class Result:
         plain, own = (
             statistics.median(one[clock] for one in of) for of in zip(*self.pairs, strict=True)
         )
-        return own / plain
+        return float(own / plain)
 
     def spread(self, clock: int) -> tuple[float, float]:
         """The middle half of the pairs' ratios."""
