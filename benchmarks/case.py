@@ -6,11 +6,12 @@ the model's weights, the settings as JSON, and the names of workloads.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -47,6 +48,8 @@ class Setting:
     heads: int = 8
     threads: int = 1
     rows: int = 32  # of the workload "rows"
+    device: str = "cpu"
+    dtype: str = "float32"
 
     def model(self, attention: str) -> LlamaForCausalLM:
         """A random model, the same weights every time."""
@@ -106,11 +109,12 @@ class Case:
         """What the model is given; of "padded", sequence n is an n-th shorter than the longest."""
         ids = self.setting.ids()
         if self.workload != "padded":
-            return {"input_ids": ids}
+            return {"input_ids": ids.to(self.setting.device)}
         mask = torch.ones_like(ids)
         for n, row in enumerate(mask):
             row[: n * self.setting.length // (2 * self.setting.batch)] = 0
-        return {"input_ids": ids * mask, "attention_mask": mask}
+        inputs = {"input_ids": ids * mask, "attention_mask": mask}
+        return {name: x.to(self.setting.device) for name, x in inputs.items()}
 
     @property
     def layers(self) -> list[int]:
@@ -119,19 +123,33 @@ class Case:
 
     def load(self, attention: str) -> Any:
         """The model, by transformers."""
-        model = LlamaForCausalLM.from_pretrained(self.weights, attn_implementation=attention)
-        return model.train(False)
+        dtype = getattr(torch, self.setting.dtype)
+        model: Any = LlamaForCausalLM.from_pretrained(
+            self.weights, attn_implementation=attention, dtype=dtype
+        )
+        return model.to(self.setting.device).train(False)
 
     def kept(self, pattern: Tensor) -> Tensor:
-        """What the workload wants of a layer's whole pattern, in memory of its own."""
+        """What the workload wants of a layer's whole pattern, in the machine's own memory."""
         if self.workload == "rows":
-            return pattern[:, :, -self.setting.rows :].clone()
-        return pattern[:, list(HEADS)] if self.workload == "some" else pattern
+            return pattern[:, :, -self.setting.rows :].to("cpu", copy=True)
+        return (pattern[:, list(HEADS)] if self.workload == "some" else pattern).to("cpu")
+
+    def given(self, patterns: Sequence[Tensor]) -> Any:
+        """The layers that were kept; or what reads them after they went to the disk, a file each.
+
+        That is np.save of float16, which is what one would write by hand.
+        """
+        if self.workload != "stored":
+            return list(patterns)
+        for layer, pattern in enumerate(patterns):
+            np.save(self.out / f"{layer}.npy", pattern.half().numpy())
+        return lambda: [np.load(self.out / f"{layer}.npy") for layer in range(len(patterns))]
 
     def same(self, found: list[Any], known: list[Tensor]) -> float:
         """Largest difference of what was read from an eager model's; padding is left out."""
         worst = 0.0 if len(found) == len(known) else float("inf")
-        mask = self.inputs.get("attention_mask", torch.ones_like(self.setting.ids())).bool()
+        mask = self.inputs.get("attention_mask", torch.ones_like(self.setting.ids())).bool().cpu()
         for one, other in zip(found, known, strict=False):
             for n, real in enumerate(mask):
                 rows = real[-other.shape[2] :]

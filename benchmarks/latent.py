@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import probe
 import probe.latent
-from benchmarks.overhead import Setting
+from benchmarks.case import Setting
 from probe.latent import Reasoner
 
 QUESTION, ANSWER = 64, 8  # tokens, as GSM8K's questions and CODI's answers have

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 import probe
-from benchmarks.overhead import Setting
+from benchmarks.case import Setting
 from probe.loss import next_token_nll
 from probe.model import Model
 from recipes.ablation import sweep

@@ -47,11 +47,33 @@ def timed(run: Run, case: Case) -> list[float]:
     shutil.rmtree(case.out, ignore_errors=True)
     case.out.mkdir(parents=True)
     gc.collect()
+    settled(case)
     start = time.thread_time(), time.process_time(), time.perf_counter()
     result = run()
+    settled(case)
     end = time.thread_time(), time.process_time(), time.perf_counter()
     del result
     return [b - a for a, b in zip(start, end, strict=True)]
+
+
+def settled(case: Case) -> None:
+    """Wait for what a GPU still does."""
+    if case.setting.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def peak(run: Run, case: Case) -> int:
+    """Bytes that one run takes above what is held before it, where the model is (Linux)."""
+    gc.collect()
+    if case.setting.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        timed(run, case)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    before = resident("VmRSS")
+    timed(run, case)
+    return resident("VmHWM") - before
 
 
 def difference(way: Any, case: Case) -> float:
@@ -92,12 +114,9 @@ def main() -> None:
     turn = 0
     for line in sys.stdin:
         if line.strip() == "peak":
-            gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-            before = resident("VmRSS")
-            timed(run, case)
+            most = peak(run, case)
             size = sum(file.stat().st_size for file in case.out.rglob("*") if file.is_file())
-            say(peak=resident("VmHWM") - before, written=size)
+            say(peak=most, written=size)
             continue
         turn += 1
         pair = {}

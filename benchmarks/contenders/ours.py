@@ -24,7 +24,7 @@ def cache(case: Case) -> Run:
 
     def run() -> object:
         _, found = model.run_with_cache(inputs, "pattern", **selection)
-        return [found["pattern", layer] for layer in case.layers]
+        return [found["pattern", layer].to("cpu") for layer in case.layers]
 
     return run
 

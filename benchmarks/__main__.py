@@ -1,0 +1,136 @@
+"""What reading attention costs, beside others: `python -m benchmarks`.
+
+`--install` first makes virtual environments for TransformerLens and nnterp below `--environments`;
+those that are not there are left out, and said. Without `--only` all parts are measured, which
+takes about two hours; `--json` keeps the figures, from which `--from` prints and draws them again.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import report, sides
+from benchmarks.case import WORKLOADS, Setting
+from benchmarks.contenders import CONTENDERS
+from benchmarks.field import compared, install, load
+
+LENGTHS = (256, 1024, 4096)
+ROWS = (1, 32, 128, 256, 512, 1024)
+SIZES = ((4, 128), (12, 512), (12, 1024))  # layers, hidden
+OURS = "probe, capture"
+LONG = ("output_attentions=True", "forward hooks", "probe, run_with_cache", OURS)
+
+Figures = dict[str, Any]
+
+
+def at(length: int, repeats: int) -> tuple[Setting, int]:
+    """Two sequences, repeated; of long ones one, less often."""
+    long = length > 1024
+    return Setting(length=length, batch=1 if long else 2), max(3, repeats // 4) if long else repeats
+
+
+def table(options: argparse.Namespace, console: Console) -> Figures:
+    """Every contender, workload and length; of long sequences those that fit in memory."""
+    found: Figures = {}
+    for length in options.lengths:
+        setting, repeats = at(length, options.repeats)
+        long = length > 1024
+        for workload in ("full", "stored", "rows") if long else WORKLOADS:
+            names = [n for n in CONTENDERS if not long or n in LONG]
+            results = compared(
+                setting, workload, repeats=repeats, environments=options.environments, names=names
+            )
+            found[f"{length} {workload}"] = {name: asdict(one) for name, one in results.items()}
+            report.show(console, f"{length} {workload}", found[f"{length} {workload}"])
+    return found
+
+
+def rows(options: argparse.Namespace, console: Console) -> Figures:
+    """Ours, with more and more rows of 1,024."""
+    found: Figures = {}
+    for n in ROWS:
+        setting = Setting(rows=n)
+        results = compared(setting, "rows", repeats=options.repeats, names=[OURS])
+        found[str(n)] = asdict(results[OURS])
+        report.show(console, f"{n} rows of 1024", {OURS: found[str(n)]})
+    return found
+
+
+def sizes(options: argparse.Namespace, console: Console) -> Figures:
+    """Models from small to large, all patterns of 256 tokens."""
+    found: Figures = {}
+    for layers, hidden in SIZES:
+        setting = Setting(length=256, layers=layers, hidden=hidden)
+        results = compared(
+            setting, "full", repeats=options.repeats, environments=options.environments
+        )
+        title = f"{layers} layers x {hidden}"
+        found[title] = {name: asdict(one) for name, one in results.items()}
+        report.show(console, f"{title}, 256 tokens, full", found[title])
+    return found
+
+
+def memory(options: argparse.Namespace, console: Console) -> Figures:
+    """Peaks of a capture into a store: more and more layers, more and more problems."""
+    del options
+    found: Figures = {}
+    for what, values in (("layers", (6, 12, 24)), ("batch", (2, 8, 32))):
+        for value in values:
+            setting = Setting(length=512).but(**{what: value})
+            result = compared(setting, "stored", repeats=0, names=[OURS], warmups=0)[OURS]
+            found[f"{value} {'problems' if what == 'batch' else what}"] = result.peak
+    console.print({name: f"{peak / 1e6:.0f} MB" for name, peak in found.items()})
+    return found
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Console], Figures]] = {
+    "tap": sides.tap,
+    "table": table,
+    "rows": rows,
+    "sizes": sizes,
+    "memory": memory,
+    "sweep": sides.sweep,
+    "latent": sides.latent,
+}
+
+
+def main() -> None:
+    """Measure what is asked, print it, and say which targets are met."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--environments", type=Path, help="of TransformerLens and nnterp")
+    parser.add_argument("--install", action="store_true", help="make them")
+    parser.add_argument("--json", type=Path, help="keep the figures here; those of others stay")
+    parser.add_argument("--from", type=Path, dest="before", help="measure nothing, read this")
+    parser.add_argument("--plot", type=Path, help="draw cost against length and rows, as .png")
+    options = parser.parse_args()
+    console = Console(width=130)
+    if options.install:
+        install(options.environments)
+    figures: Figures = {}
+    if options.before or (options.json and options.json.exists()):
+        figures = json.loads((options.before or options.json).read_text())
+    if options.before:
+        report.show_all(console, figures)
+    for part in () if options.before else options.only:
+        console.rule(f"{part}, {load()}")
+        figures[part] = PARTS[part](options, console)
+        figures.setdefault("loads", {})[part] = load()
+        figures["machine"] = f"{platform.machine()}, Python {platform.python_version()}"
+        if options.json:
+            options.json.write_text(json.dumps(figures, indent=1))
+    report.targets(console, figures)
+    if options.plot:
+        report.plot(figures, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What is no forward beside a forward: the tap by itself, an ablation of every head, latents."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import probe
+from benchmarks.case import Setting
+from probe.tap import run
+
+Figures = dict[str, Any]
+
+
+def _seconds(*ways: Callable[[], object], rounds: int = 200) -> list[float]:
+    """Median thread CPU seconds of each, in turn."""
+    times: list[list[float]] = [[] for _ in ways]
+    for turn in range(rounds + 10):
+        for way, own in zip(ways, times, strict=True):
+            start = time.thread_time()
+            way()
+            if turn >= 10:
+                own.append(time.thread_time() - start)
+    return [statistics.median(own) for own in times]
+
+
+def tap(options: argparse.Namespace, console: Console) -> Figures:
+    """What a traced layer costs whose call is seen and nothing computed, and an idle tap."""
+    del options
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        small = Setting(length=8, batch=1, hidden=32, heads=4)
+        model = probe.load(small.model("sdpa"))
+        inputs = {"input_ids": small.ids(), "use_cache": False}
+
+        def traced(layers: int) -> Callable[[], object]:
+            def visit(layer: int, attention: Any) -> None:
+                attention.seen  # noqa: B018
+
+            return lambda: run(model.tap, visit, inputs, layers=tuple(range(layers)))
+
+        one, all_of_them = _seconds(traced(1), traced(small.layers))
+        setting = Setting(length=256, batch=1)
+        plain, idle = setting.model("sdpa"), probe.load(setting.model("sdpa"))
+        ids = setting.ids()
+        untapped, tapped = _seconds(
+            lambda: plain(ids, use_cache=False), lambda: idle.module(ids, use_cache=False),
+            rounds=30,
+        )  # fmt: skip
+    found = {"layer": (all_of_them - one) / (small.layers - 1) * 1e6, "idle": tapped / untapped}
+    console.print(
+        f"a traced layer {found['layer']:.0f} microseconds, an idle tap x {found['idle']:.3f}"
+    )
+    return found
+
+
+def sweep(options: argparse.Namespace, console: Console) -> Figures:
+    """An ablation of every head, in L x H plain forwards of one problem: `benchmarks.sweep`."""
+    from benchmarks.sweep import measured
+
+    torch.set_num_threads(1)
+    found = {}
+    for length in (64, 128, 256):
+        _, ratios, _, _ = measured(Setting(length=length), max(2, options.repeats // 5))
+        found[f"{length} tokens"] = statistics.median(ratios)
+    console.print({name: f"{ratio:.2f} of L x H forwards" for name, ratio in found.items()})
+    return found
+
+
+def latent(options: argparse.Namespace, console: Console) -> Figures:
+    """A latent capture, in inferences without one: `benchmarks.latent`."""
+    from benchmarks.latent import captured
+
+    torch.set_num_threads(1)
+    found = {}
+    for batch in (1, 16):
+        ratio, low, high = captured(
+            "Llama (12 x 512)", batch, 32, max(3, options.repeats // 3), "segment:latent"
+        )
+        found[f"batch {batch}"] = ratio
+        console.print(f"latents, batch {batch}: x {ratio:.2f} ({low:.2f} - {high:.2f})")
+    return found
