@@ -41,8 +41,8 @@ def table(options: argparse.Namespace, console: Console) -> Figures:
     for length in options.lengths:
         setting, repeats = at(length, options.repeats)
         long = length > 1024
-        for workload in ("full", "stored", "rows") if long else WORKLOADS:
-            names = [n for n in CONTENDERS if not long or n in LONG]
+        for workload in options.workloads:
+            names = [n for n in options.contenders if not long or n in LONG]
             results = compared(
                 setting, workload, repeats=repeats, environments=options.environments, names=names
             )
@@ -105,6 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--workloads", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
+    parser.add_argument("--contenders", choices=CONTENDERS, nargs="+", default=list(CONTENDERS))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--environments", type=Path, help="of TransformerLens and nnterp")
     parser.add_argument("--install", action="store_true", help="make them")
@@ -122,7 +124,7 @@ def main() -> None:
         report.show_all(console, figures)
     for part in () if options.before else options.only:
         console.rule(f"{part}, {load()}")
-        figures[part] = PARTS[part](options, console)
+        figures.setdefault(part, {}).update(PARTS[part](options, console))
         figures.setdefault("loads", {})[part] = load()
         figures["machine"] = f"{platform.machine()}, Python {platform.python_version()}"
         if options.json:

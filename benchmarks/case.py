@@ -127,6 +127,8 @@ class Case:
         model: Any = LlamaForCausalLM.from_pretrained(
             self.weights, attn_implementation=attention, dtype=dtype
         )
+        for weight in model.parameters():  # a file that is mapped would be read in the first run
+            weight.data = weight.data.to(self.setting.device, copy=True)
         return model.to(self.setting.device).train(False)
 
     def kept(self, pattern: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,17 +88,6 @@ def _fill(
                 tile.fill_(empty)
                 tile[..., inside] = s[..., columns[inside] - low].to(out.dtype)
     return out
-
-
-def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory on the CPU to fill.
-
-    NumPy asks the system for large pages, which torch does not: to touch new memory for the first
-    time then costs a tenth.
-    """
-    if dtype not in (torch.float16, torch.float32):
-        return torch.empty(*shape, dtype=dtype)
-    return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
 
 
 def _reach(call: AttentionCall, queries: Index) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from probe.attention import Site
 from probe.envoys import AttentionEnvoy
 from probe.errors import InputError
-from probe.filling import fill, room
+from probe.filling import fill
 from probe.indexing import take
 from probe.interventions import Intervention, of_items
 from probe.loss import logits_of, next_token_nll
@@ -65,7 +65,7 @@ def read(
             own = range(which.start, which.stop)
             for site in todo.matrices:
                 shape = (len(todo.heads), len(alike[0].queries), len(alike[0].keys))
-                out = room((len(alike), *shape), dtype)
+                out = torch.empty(len(alike), *shape, dtype=dtype)
                 here = _computed(part, site, out, alike[0], heads)
                 if isinstance(todo.reduce, Mapping):
                     for name, metric in todo.reduce.items():

@@ -25,9 +25,9 @@ from probe.ledger import SHARE, Ledger, Part
 from probe.line import Line
 from probe.places import Folder, Place
 from probe.schema import DONE, FAILED, Labels
-from probe.sharding import Grid, Shard, cast, cut, encode, expected, grid
+from probe.sharding import cast
+from probe.streaming import Streams
 
-_STREAMED = ("problem", "layer")
 ENCODERS = min(4, os.cpu_count() or 1)
 DEPTH = 16  # jobs, of about 2 MB each, that wait to be encoded and written
 SECONDS = 10.0  # of work that a killed run may lose, about
@@ -61,11 +61,10 @@ class Writer:
             raise
         self._place = place
         self._publish, self._drop_store = publish, discard
-        self._grids = {name: grid(name, ledger.arrays[name]) for name in ledger.data}
         self._arrivals = Arrivals(ledger)
-        self._open: set[Shard] = set()
         self._saved, self._took = time.monotonic(), 0.0
         self._line = Line(ENCODERS, DEPTH, ledger.tend)
+        self._streams = Streams(ledger, self._line)
         self._release = weakref.finalize(self, _let_go, self._line, release)
 
     def __enter__(self) -> Self:
@@ -152,9 +151,7 @@ class Writer:
                 part.blocks[name][index - part.start] = self._ledger.arrays[name].fill_value
         else:
             part.blocks.clear()
-            for shard in part.shards.values():
-                self._line.do(partial(self._abandon, shard))
-            part.shards.clear()
+            self._streams.abandon(part)
         if labels is not None:
             self._arrivals.relabel(part, index, labels)
 
@@ -193,8 +190,8 @@ class Writer:
                 came = part.came.setdefault(index, {})
                 came[name] = came.get(name, 0) | layers
             corner = [first if dim == "layer" else 0 for dim in axes[1:]]
-            if self._streams(name):
-                self._send(part, name, [part.start, *corner], own)
+            if self._streams.takes(name):
+                self._streams.send(part, name, [part.start, *corner], own)
                 continue
             pairs = zip(corner, own.shape[1:], strict=True)
             extent: Any = [slice(at, at + n) for at, n in pairs]
@@ -297,8 +294,7 @@ class Writer:
                 self._ledger.force()
         finally:
             self._line.close()
-            for shard in self._open:
-                shard.abandon()
+            self._streams.close()
             if self._publish is not None and self._drop_store is not None:
                 self._drop_store()
             self._release()
@@ -309,13 +305,6 @@ class Writer:
         if not self._release.alive:
             raise InputError(f"the writer of {self._place} is closed. Open another with resume.")
         return self._arrivals.part(index)
-
-    def _streams(self, name: str) -> bool:
-        """Whether an array goes to its shard as it comes: its tiles hold one problem, one layer."""
-        grid, axes = self._grids[name], self._ledger.axes[name]
-        if grid is None or self._ledger.step > 1:
-            return False
-        return all(n == 1 for n, dim in zip(grid.tile, axes, strict=True) if dim in _STREAMED)
 
     def _block(self, part: Part, name: str) -> Array:
         """A part's cells of one array, with what earlier runs finished of it: it is kept whole."""
@@ -331,25 +320,6 @@ class Writer:
             part.blocks[name] = block
         return part.blocks[name]
 
-    def _send(self, part: Part, name: str, corner: Sequence[int], block: Array) -> None:
-        """Have a block's tiles encoded and written."""
-        own = self._grids[name]
-        assert own is not None
-        for at, number, view in cut(own, corner, block):
-            shard = part.shards.get((name, at)) or self._shard(part, own, at)
-            if job := shard.put(number, view):
-                self._line.after(partial(self._write, shard), encode, own, job)
-
-    def _shard(self, part: Part, own: Grid, at: tuple[int, ...]) -> Shard:
-        shard = part.shards[own.name, at] = Shard(self._place, own, at)
-        self._open.add(shard)
-        return shard
-
-    def _write(self, shard: Shard, encoded: Sequence[tuple[int, bytes]]) -> None:
-        with self._ledger.explained():
-            self._ledger.require_there()
-            shard.write(encoded)
-
     def _commit_if_due(self, part: Part) -> None:
         """Commit a part that is complete; and from time to time all that is in hand."""
         if len(part.arrived) == part.missing:
@@ -361,36 +331,18 @@ class Writer:
         """Have what has come of a part kept, after all that is on its way."""
         whole: dict[str, Array] = {}  # what zarr writes by itself
         for name, block in part.blocks.items():
-            if self._grids[name] is None:
+            if self._streams.grids[name] is None:
                 whole[name] = block
             elif block.size:
-                self._send(part, name, [part.start, *[0] * (block.ndim - 1)], block)
-        self._complete(part)
-        for shard in part.shards.values():
-            if job := shard.rest():
-                self._line.after(partial(self._write, shard), encode, shard.grid, job)
+                self._streams.send(part, name, [part.start, *[0] * (block.ndim - 1)], block)
+        self._streams.finish(part)
         now = replace(part, blocks=whole, labels={**part.labels}, arrived={**part.arrived})
         part.shards = {}
         self._line.do(partial(self._keep, now))
 
-    def _complete(self, part: Part) -> None:
-        """Make a file also of shards that hold nothing, where a done problem has no row."""
-        done = [i for i, (status, *_) in part.arrived.items() if status == DONE]
-        for name, own in self._grids.items():
-            if own is None or not done:
-                continue
-            for key, _ in expected(name, self._ledger.arrays[name], done[:1]):
-                at = tuple(map(int, key.split("/")[2:]))
-                if (name, at) not in part.shards:
-                    self._shard(part, own, at)
-
     def _keep(self, part: Part) -> None:
         self._ledger.commit(part)
-        self._open.difference_update(part.shards.values())
-
-    def _abandon(self, shard: Shard) -> None:
-        shard.abandon()
-        self._open.discard(shard)
+        self._streams.settle(part)
 
 
 def _let_go(line: Line, release: Callable[[], None]) -> None:
