@@ -3,8 +3,6 @@
 import importlib.util
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import product
-from math import ceil
 from typing import Any, Literal
 
 import numpy as np
@@ -14,13 +12,13 @@ import zarr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from probe.arrays import data_arrays, dims, named, opened
+from probe.arrays import chunks_of, data_arrays, dims, every, named, opened
 from probe.errors import InputError, StoreError
 from probe.places import Folder, Objects, Place, place
 from probe.schema import COLUMNS, DONE, EMPTY, INDEXES, decoded
 from probe.sharding import expected
 from probe.stories import attributes, require_all
-from probe.verifying import damage, require_held
+from probe.verifying import damage, labels_damaged, require_held
 
 
 def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset:
@@ -56,36 +54,38 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
     where = place(path)
     attrs = attributes(where)
     try:
+        group = opened(where.zarr)
         with _fastest(where):
-            group = opened(where.zarr)
-            arrays = {name: named(group, name) for name in data_arrays(attrs)}
-        ours = [name for name, one in arrays.items() if one.dtype.kind in "fiu" and one.shards]
-        ds: xr.Dataset = xr.open_zarr(
-            where.zarr, consolidated=False, chunks=None, drop_variables=ours
-        )
-        require_all(where, attrs, [*map(str, ds.variables), *ours])
+            fast = {name: named(group, name) for name in data_arrays(attrs)}
+        ours = [name for name, one in fast.items() if one.dtype.kind in "fiu" and one.shards]
+        arrays = every(group)
+        require_all(where, attrs, arrays)
+        labels = {name: one for name, one in arrays.items() if name not in ours}
+        if attrs.get("whole_labels") and isinstance(where, Folder):  # elsewhere it would take long
+            for name in {*INDEXES, *COLUMNS} & {*labels}:
+                for chunk in chunks_of(labels[name]):  # zarr takes one that is lost for empty ones
+                    require_held(where, f"{name}/{chunk}")
+        lazy = {name: _label(where, name, one) for name, one in labels.items()}
+        coords = attrs.pop("coordinates", "").split()
+        ds = xr.Dataset(lazy, attrs=attrs).set_coords([name for name in coords if name in lazy])
         status = ds["status"].values
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise StoreError(
             f"{where} is damaged: its labels cannot be read ({error}). Restore it from a copy."
         ) from error
-    if attrs.get("whole_labels") and isinstance(where, Folder):  # elsewhere that would take long
-        for name in (*INDEXES, *COLUMNS):
-            if name in ds.variables:
-                _require_chunks(where, name, ds[name])
     # stores of earlier versions have no file for shards that hold nothing
     whole = bool(attrs.get("whole_shards"))
     found = {}
     for name in ours:
-        array = arrays[name]
+        array = fast[name]
         stored = Stored(where, name, array, status, whole)
         cut = dict(zip(dims(array), zip(array.shape, array.shards or (), strict=True), strict=True))
         if "query" in cut and cut["query"][0] > cut["query"][1]:  # problems split by rows
             stored.count_rows(ds["query_position"].values)
         how = {"chunks": array.chunks, "shards": array.shards}
-        lazy = indexing.LazilyIndexedArray(stored)
         told = {} if array.dtype.kind == "u" else array.attrs.asdict()  # how to read its codes
-        found[name] = xr.Variable(dims(array), lazy, told, how)
+        data = indexing.LazilyIndexedArray(stored)
+        found[name] = xr.Variable(dims(array), data, told, how)
         if chunks:
             found[name] = _chunked(found[name], array.shards or ())
     ds = xr.Dataset(found | dict(ds.data_vars), ds.coords, ds.attrs)
@@ -97,11 +97,12 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
     return ds.isel(problem=run)
 
 
-def _require_chunks(where: Folder, name: str, array: xr.DataArray) -> None:
-    """Every file of a label: zarr takes one that is lost for empty labels."""
-    cut = zip(array.shape, array.encoding["chunks"], strict=True)
-    for at in product(*(range(ceil(n / step)) for n, step in cut)):
-        require_held(where, "/".join([name, "c", *map(str, at)]))
+def _label(where: Place, name: str, array: "zarr.Array[Any]") -> xr.Variable:
+    """A label array, lazy."""
+    how = {"chunks": array.chunks}
+    axes = dims(array) or [f"{name}_{n}" for n in range(array.ndim)]  # somebody else's
+    data = indexing.LazilyIndexedArray(Label(where, name, array))
+    return xr.Variable(axes, data, array.attrs.asdict(), how)
 
 
 def _fastest(where: Place) -> Any:
@@ -116,6 +117,24 @@ def _chunked(array: xr.Variable, shards: tuple[int, ...]) -> xr.Variable:
         raise InputError("chunks='shards' needs dask. Install it: pip install attn-probe[dask]")
     sizes = zip(array.dims, shards, array.shape, strict=True)
     return array.chunk({dim: min(n, whole) for dim, n, whole in sizes})
+
+
+class Label(BackendArray):
+    """An array of labels on its place, as zarr-python reads it; xarray indexes it."""
+
+    def __init__(self, where: Place, name: str, array: "zarr.Array[Any]") -> None:
+        self.shape, self.dtype = array.shape, array.dtype
+        self._where, self._name, self._array = where, name, array
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        outer = indexing.IndexingSupport.OUTER
+        return indexing.explicit_indexing_adapter(key, self.shape, outer, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Any:
+        try:
+            return np.asarray(self._array.oindex[key])
+        except Exception as error:  # each codec has kinds of its own
+            raise labels_damaged(self._where, self._name, error) from error
 
 
 class Stored(BackendArray):

@@ -198,7 +198,7 @@ def prepare(
         config=shaping,
         attrs=_story(model, source, shaping),
         batches=tuple(batches(items, size, cell_bytes, equal=equal)),
-        seconds=_seconds(model, items),
+        estimate=partial(_seconds, model, items),
     )
 
 

@@ -89,8 +89,7 @@ class Plan:
         config: All that shapes the numbers, as JSON data; a store resumes only under the same.
         attrs: What else the store records.
         batches: Indices of the problems that run together, the same whenever a run is resumed.
-        seconds: Least time that the model's own arithmetic takes on this machine, from its
-            number of operations and the speed of one matrix product measured now.
+        estimate: Gives `seconds`.
         reduce: What is stored instead of the patterns: metrics, or their moments.
     """
 
@@ -107,8 +106,16 @@ class Plan:
     config: Mapping[str, Any] = field(repr=False)
     attrs: Mapping[str, Any] = field(repr=False)
     batches: tuple[tuple[int, ...], ...] = field(repr=False)
-    seconds: float
+    estimate: Callable[[], float] = field(repr=False)
     reduce: Literal["moments"] | Mapping[str, Reduction] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Least time that the model's own arithmetic takes on this machine.
+
+        From its number of operations, and the speed of a matrix product, measured when it is asked.
+        """
+        return self.estimate()
 
     def some_heads(self, n_heads: int) -> tuple[int, ...] | None:
         """Its heads; None where they are all that there are, which are read at once."""

@@ -165,10 +165,15 @@ def _require_labels(where: Place, attrs: Any, arrays: dict[str, "zarr.Array[Any]
         try:
             array[...]
         except Exception as error:  # each codec has kinds of its own
-            raise StoreError(
-                f"{where} is damaged: its labels {name!r} cannot be read ({error}). Restore the "
-                f"files under {name}/ from a copy."
-            ) from error
+            raise labels_damaged(where, name, error) from error
+
+
+def labels_damaged(where: Place, name: str, error: Exception) -> StoreError:
+    """What to say of labels that cannot be read."""
+    return StoreError(
+        f"{where} is damaged: its labels {name!r} cannot be read ({error}). Restore the files "
+        f"under {name}/ from a copy."
+    )
 
 
 def require_held(where: Place, key: str) -> None:

@@ -142,7 +142,7 @@ def test_damaged_labels_are_named(path: Path) -> None:
         store.verify(path)
     status = path / "status/c/0"
     status.write_bytes(status.read_bytes()[:-2])
-    with pytest.raises(StoreError, match="is damaged: its labels cannot be read"):
+    with pytest.raises(StoreError, match="is damaged: its labels 'status' cannot be read"):
         store.open(path)
 
 

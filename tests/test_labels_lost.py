@@ -47,6 +47,18 @@ def test_a_lost_file_of_labels_is_said(path: Path, name: str, how: str) -> None:
             read(path)
 
 
+@pytest.mark.parametrize("how", ["cut", "changed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_that_cannot_be_read_are_said(path: Path, name: str, how: str) -> None:
+    file = labels_of(path, name)[-1]
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] if how == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(StoreError, match=f"is damaged: its labels '{name}' cannot be read"):
+        probe.open(path).load()
+    with pytest.raises(StoreError, match="is damaged"):
+        probe.verify(path)
+
+
 def test_labels_of_objects_are_verified() -> None:
     there = MemoryStore()
     fill(there, TINY)  # type: ignore[arg-type]
