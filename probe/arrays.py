@@ -14,7 +14,7 @@ from probe import schema
 from probe.errors import InputError
 from probe.schema import Labels
 
-_WHOLE: Any = {"write_empty_chunks": True}  # a file that is missing was lost
+WHOLE: Any = {"write_empty_chunks": True}  # a file that is missing was lost
 _CODE = "probability = (value / {}) ** 2"
 
 
@@ -85,7 +85,7 @@ def make_arrays(
             compressors=ZstdCodec(level=level, checksum=True),  # a flipped byte is an error
             dimension_names=spec.dims,
             attributes={"code": _CODE.format(np.iinfo(spec.dtype).max)} if coded else {},
-            config=_WHOLE,
+            config=WHOLE,
         )
 
     for name, spec in arrays.items():
@@ -121,7 +121,7 @@ def write_labels(
         arrays[name][:] = values
     for name in ("status", "error", "loss"):  # empty as they are: a file that is missing was lost
         if name in arrays:
-            arrays[name][:] = arrays[name][:]
+            arrays[name][:] = arrays[name].fill_value
     for start in range(0, len(labels), block):
         some = labels[start : start + block]
         for name, values in label_columns(some, rows, keys).items():
@@ -138,7 +138,7 @@ def add_coordinate(group: zarr.Group, dim: str, values: Sequence[float] | Sequen
         chunks=size,
         dtype=str if texts else "float64",
         dimension_names=[dim],
-        config=_WHOLE,
+        config=WHOLE,
     )
     array[:] = np.array(values, object if texts else "float64")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from probe.errors import InputError
-from probe.indexing import Index, bounds, positions, take, wide
+from probe.indexing import Index, bounds, positions, take, unbroken, wide
 from probe.positions import Positions
 
 Site = Literal["pattern", "scores"]
@@ -318,11 +318,10 @@ class AttentionCall:
             # Only the columns from the first row's diagonal on can be hidden.
             rows = bounds(queries, self.n_queries)
             start = bounds(keys, self.n_keys)[0]
-            plain = keys is None or (isinstance(keys, slice) and keys.step in (None, 1))
-            if plain and rows[0] + 1 > start:
+            if unbroken(keys) and rows[0] + 1 > start:
                 ahead = s[..., rows[0] + 1 - start :]
                 keys = slice(rows[0] + 1, bounds(keys, self.n_keys)[1])
-                if queries is None or (isinstance(queries, slice) and queries.step in (None, 1)):
+                if unbroken(queries):
                     hidden = torch.ones(ahead.shape[2:], dtype=torch.bool, device=s.device).triu()
                 else:
                     hidden = ~self.keep(queries, keys)

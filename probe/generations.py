@@ -13,7 +13,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import ZstdCodec
 
-from probe.arrays import chunks_of, every, named, opened
+from probe.arrays import WHOLE, chunks_of, every, named, opened
 from probe.errors import StoreError
 from probe.places import Place
 from probe.schema import DONE, HEADS, TILE
@@ -136,7 +136,7 @@ def _create(group: zarr.Group, name: str, values: Array) -> "zarr.Array[Any]":
         shards=shard,
         compressors=ZstdCodec(level=1, checksum=True),
         overwrite=True,
-        config={"write_empty_chunks": True},
+        config=WHOLE,
     )
     array[...] = values
     return array

@@ -41,3 +41,8 @@ def bounds(index: Index, size: int) -> tuple[int, int]:
         inside = range(*(index or slice(None)).indices(size))
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
     return (min(index), max(index) + 1) if len(index) else (0, 0)
+
+
+def unbroken(index: Index) -> bool:
+    """Whether an index is known to select neighbours in order."""
+    return index is None or (isinstance(index, slice) and index.step in (None, 1))

@@ -12,10 +12,10 @@ import zarr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from probe.arrays import chunks_of, data_arrays, dims, every, named, opened
+from probe.arrays import data_arrays, dims, every, named, opened
 from probe.errors import InputError, StoreError
 from probe.places import Folder, Objects, Place, place
-from probe.schema import COLUMNS, DONE, EMPTY, INDEXES, decoded
+from probe.schema import DONE, EMPTY, decoded
 from probe.sharding import expected
 from probe.stories import attributes, require_all
 from probe.verifying import damage, labels_damaged, require_held
@@ -62,9 +62,8 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
         require_all(where, attrs, arrays)
         labels = {name: one for name, one in arrays.items() if name not in ours}
         if attrs.get("whole_labels") and isinstance(where, Folder):  # elsewhere it would take long
-            for name in {*INDEXES, *COLUMNS} & {*labels}:
-                for chunk in chunks_of(labels[name]):  # zarr takes one that is lost for empty ones
-                    require_held(where, f"{name}/{chunk}")
+            for name, one in labels.items():
+                require_held(where, name, one)
         lazy = {name: _label(where, name, one) for name, one in labels.items()}
         coords = attrs.pop("coordinates", "").split()
         ds = xr.Dataset(lazy, attrs=attrs).set_coords([name for name in coords if name in lazy])
@@ -119,8 +118,8 @@ def _chunked(array: xr.Variable, shards: tuple[int, ...]) -> xr.Variable:
     return array.chunk({dim: min(n, whole) for dim, n, whole in sizes})
 
 
-class Label(BackendArray):
-    """An array of labels on its place, as zarr-python reads it; xarray indexes it."""
+class _Placed(BackendArray):
+    """An array on its place; xarray indexes it."""
 
     def __init__(self, where: Place, name: str, array: "zarr.Array[Any]") -> None:
         self.shape, self.dtype = array.shape, array.dtype
@@ -131,14 +130,21 @@ class Label(BackendArray):
         return indexing.explicit_indexing_adapter(key, self.shape, outer, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> Any:
+        raise NotImplementedError
+
+
+class Label(_Placed):
+    """An array of labels, as zarr-python reads it."""
+
+    def _read(self, key: tuple[Any, ...]) -> Any:
         try:
             return np.asarray(self._array.oindex[key])
         except Exception as error:  # each codec has kinds of its own
             raise labels_damaged(self._where, self._name, error) from error
 
 
-class Stored(BackendArray):
-    """An array on its place, read shard by shard; xarray indexes it."""
+class Stored(_Placed):
+    """An array of data, read shard by shard."""
 
     def __init__(
         self,
@@ -148,19 +154,16 @@ class Stored(BackendArray):
         status: npt.NDArray[Any],
         whole: bool,
     ) -> None:
-        self.shape, self._coded = array.shape, array.dtype.kind == "u"
-        self.dtype = np.dtype("float32") if self._coded else array.dtype
-        self._where, self._name, self._array = where, name, array
+        super().__init__(where, name, array)
+        self._coded = array.dtype.kind == "u"
+        if self._coded:
+            self.dtype = np.dtype("float32")
         self._status, self._whole = status, whole
         self._rows: npt.NDArray[Any] | None = None
 
     def count_rows(self, query_position: npt.NDArray[Any]) -> None:
         """Know how many rows each problem has, to look for all their shards."""
         self._rows = (query_position >= 0).sum(1)
-
-    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        outer = indexing.IndexingSupport.OUTER
-        return indexing.explicit_indexing_adapter(key, self.shape, outer, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> Any:
         if self._whole:

@@ -19,7 +19,6 @@ from probe.errors import InputError
 from probe.plans import Item, Plan, Reduce, Reduction
 
 POSITIONS = ("query_position", "key_position", "token_id")
-MATRICES = ("problem", "layer", "head")
 
 _SHAPES = ((5, 8), (8, 8))  # of what metrics are tried on; some want square blocks
 
@@ -173,7 +172,7 @@ def _array(
             f"{tuple(p.shape)}. It must give a tensor (problem, head), or one with query or key "
             "after them."
         )
-    dims: tuple[str, ...] = MATRICES
+    dims: tuple[str, ...] = schema.MATRIX[:3]
     if len(shape) > len(lead):
         rows = shape[-1] == n_query and (n_query != n_key or _of_rows(p, found, function))
         dims = (*dims, "query" if rows else "key")

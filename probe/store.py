@@ -162,13 +162,7 @@ def _create_folder(
         discard = partial(shutil.rmtree, target.path, ignore_errors=True)
         writer = Writer(target, release, publish=publish, discard=discard, **options)
         undo.pop_all()
-    try:
-        if not hidden:
-            writer.publish()
-    except BaseException:
-        writer.close()
-        raise
-    return writer
+    return writer if hidden else _published(writer)
 
 
 def _create_objects(
@@ -194,9 +188,12 @@ def _create_objects(
         target.store = where.store
 
     writer = Writer(target, release, publish=publish, **options)
+    return writer if hidden else _published(writer)
+
+
+def _published(writer: Writer) -> Writer:
     try:
-        if not hidden:
-            writer.publish()
+        writer.publish()
     except BaseException:
         writer.close()
         raise

@@ -1,7 +1,7 @@
 """Whether a store is whole: every shard there, every checksum right."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -105,7 +105,7 @@ def verify(path: object, *, repair: bool = False) -> list[Damage]:
         _require_labels(where, attrs, arrays)
         status = np.asarray(arrays["status"][...])
         if attrs.get("reduce") == "moments":
-            bad = list(_damaged_moments(where, status))
+            bad = _damaged_moments(where, status)
         else:
             bad = _damaged_shards(where, attrs, arrays, status)
         if repair and bad:
@@ -140,7 +140,7 @@ def _damaged_shards(
     return [(key, why, who) for (key, _, who), why in zip(tasks, reasons, strict=True) if why]
 
 
-def _damaged_moments(where: Place, status: Any) -> Iterator[Bad]:
+def _damaged_moments(where: Place, status: Any) -> list[Bad]:
     """Parts that cannot be read, with the problems that are in no other; those in none at all."""
     whole, bad = [], []
     for part in generations.parts(where):
@@ -151,17 +151,15 @@ def _damaged_moments(where: Place, status: Any) -> Iterator[Bad]:
     lost = generations.lacking(status == DONE, [one for one in whole if one])
     if len(lost) and not bad:
         bad = [(generations.FOLDER, "no moments hold these problems")]
-    for key, why in bad:
-        yield key, why, lost
+    return [(key, why, lost) for key, why in bad]
 
 
 def _require_labels(where: Place, attrs: Any, arrays: dict[str, "zarr.Array[Any]"]) -> None:
     for name, array in arrays.items():
         if name in data_arrays(attrs):
             continue
-        if attrs.get("whole_labels") and name in (*INDEXES, *COLUMNS):
-            for chunk in chunks_of(array):
-                require_held(where, f"{name}/{chunk}")
+        if attrs.get("whole_labels"):
+            require_held(where, name, array)
         try:
             array[...]
         except Exception as error:  # each codec has kinds of its own
@@ -176,17 +174,18 @@ def labels_damaged(where: Place, name: str, error: Exception) -> StoreError:
     )
 
 
-def require_held(where: Place, key: str) -> None:
-    """Refuse a store that has lost a file of its labels.
+def require_held(where: Place, name: str, array: "zarr.Array[Any]") -> None:
+    """Refuse a store that has lost a file of our labels: zarr takes it for one of empty ones.
 
     Raises:
-        StoreError: It is missing or empty.
+        StoreError: One is missing or empty.
     """
-    if not where.holds(key):
-        raise StoreError(
-            f"{where} is damaged: {key}, of its labels, is missing or empty. "
-            "Restore it from a copy."
-        )
+    for chunk in chunks_of(array) if name in (*INDEXES, *COLUMNS) else ():
+        if not where.holds(f"{name}/{chunk}"):
+            raise StoreError(
+                f"{where} is damaged: {name}/{chunk}, of its labels, is missing or empty. "
+                "Restore it from a copy."
+            )
 
 
 def _hold(where: Folder | Objects) -> Callable[[], None]:
