@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import ZstdCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from probe import schema
 from probe.errors import InputError
@@ -82,7 +82,7 @@ def make_arrays(
             chunks=tuple(chunk),
             shards=shard,
             fill_value=spec.fill,
-            compressors=ZstdCodec(level=level, checksum=True),  # a flipped byte is an error
+            compressors=[ZstdCodec(level=level, checksum=False), Crc32cCodec()],
             dimension_names=spec.dims,
             attributes={"code": _CODE.format(np.iinfo(spec.dtype).max)} if coded else {},
             config=WHOLE,

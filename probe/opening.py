@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -12,20 +11,18 @@ import zarr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from probe.arrays import data_arrays, dims, every, named, opened
+from probe.arrays import data_arrays, dims, every, opened
 from probe.errors import InputError, StoreError
-from probe.places import Folder, Objects, Place, place
+from probe.fetching import fetch
+from probe.places import Folder, Place, place
 from probe.schema import DONE, EMPTY, decoded
-from probe.sharding import expected
+from probe.sharding import expected, grid
 from probe.stories import attributes, require_all
 from probe.verifying import damage, labels_damaged, require_held
 
 
 def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset:
     """Open a store for reading; nothing is loaded but labels.
-
-    Shards are decoded by zarrs where it is installed (`pip install attn-probe[zarrs]`), which is
-    about three times as fast, and else by zarr-python.
 
     Args:
         path: Folder of the store, or a zarr store object.
@@ -55,11 +52,10 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
     attrs = attributes(where)
     try:
         group = opened(where.zarr)
-        with _fastest(where):
-            fast = {name: named(group, name) for name in data_arrays(attrs)}
-        ours = [name for name, one in fast.items() if one.dtype.kind in "fiu" and one.shards]
         arrays = every(group)
         require_all(where, attrs, arrays)
+        data = {name: arrays[name] for name in data_arrays(attrs)}
+        ours = [name for name, one in data.items() if one.dtype.kind in "fiu" and one.shards]
         labels = {name: one for name, one in arrays.items() if name not in ours}
         if attrs.get("whole_labels") and isinstance(where, Folder):  # elsewhere it would take long
             for name, one in labels.items():
@@ -76,15 +72,14 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
     whole = bool(attrs.get("whole_shards"))
     found = {}
     for name in ours:
-        array = fast[name]
+        array = data[name]
         stored = Stored(where, name, array, status, whole)
         cut = dict(zip(dims(array), zip(array.shape, array.shards or (), strict=True), strict=True))
         if "query" in cut and cut["query"][0] > cut["query"][1]:  # problems split by rows
             stored.count_rows(ds["query_position"].values)
         how = {"chunks": array.chunks, "shards": array.shards}
         told = {} if array.dtype.kind == "u" else array.attrs.asdict()  # how to read its codes
-        data = indexing.LazilyIndexedArray(stored)
-        found[name] = xr.Variable(dims(array), data, told, how)
+        found[name] = xr.Variable(dims(array), indexing.LazilyIndexedArray(stored), told, how)
         if chunks:
             found[name] = _chunked(found[name], array.shards or ())
     ds = xr.Dataset(found | dict(ds.data_vars), ds.coords, ds.attrs)
@@ -102,13 +97,6 @@ def _label(where: Place, name: str, array: "zarr.Array[Any]") -> xr.Variable:
     axes = dims(array) or [f"{name}_{n}" for n in range(array.ndim)]  # somebody else's
     data = indexing.LazilyIndexedArray(Label(where, name, array))
     return xr.Variable(axes, data, array.attrs.asdict(), how)
-
-
-def _fastest(where: Place) -> Any:
-    """The pipeline that decodes: zarrs for folders. It never writes: its files can be torn."""
-    if isinstance(where, Objects) or importlib.util.find_spec("zarrs") is None:
-        return nullcontext()
-    return zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
 
 
 def _chunked(array: xr.Variable, shards: tuple[int, ...]) -> xr.Variable:
@@ -155,6 +143,7 @@ class Stored(_Placed):
         whole: bool,
     ) -> None:
         super().__init__(where, name, array)
+        self._grid = grid(name, array)
         self._coded = array.dtype.kind == "u"
         if self._coded:
             self.dtype = np.dtype("float32")
@@ -171,9 +160,12 @@ class Stored(_Placed):
                 if not self._where.exists(shard):
                     self._explain(key, "it is missing")
         try:
-            found = np.asarray(self._array.oindex[key])
+            if isinstance(self._where, Folder) and self._grid:
+                found = fetch(self._where.path, self._grid, self.shape, key)
+            else:
+                found = np.asarray(self._array.oindex[key])
             return decoded(found) if self._coded else found
-        except Exception as error:  # each pipeline has kinds of its own
+        except Exception as error:  # each place and codec has kinds of its own
             self._explain(key, str(error))
             raise
 

@@ -232,7 +232,7 @@ def layout(arrays: Mapping[str, Array], *, sizes: Mapping[str, int], parts: int 
     problems = most if tiny else 1
     chunks = {name: _chunk(array, sizes, problems, tiny) for name, array in arrays.items()}
     shards = {name: _shard(array, sizes, chunks[name]) for name, array in arrays.items()}
-    block = max(BLOCKS, n / BLOCKS, LABELS // sizes["key"])
+    block = min(n, max(BLOCKS, n / BLOCKS, LABELS // sizes["key"]))
     block = problems * ceil((block if parts == 1 else min(block, n / parts)) / problems)
     return Layout(problems, block, chunks, shards, TINY_LEVEL if tiny else LEVEL)
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from probe.ledger import Ledger, Part
 from probe.line import Line
 from probe.schema import DONE
-from probe.sharding import Grid, Shard, cut, encode, expected, grid
+from probe.sharding import Encoded, Grid, Shard, cut, encode, expected, grid
 
 _STREAMED = ("problem", "layer")
 
@@ -49,7 +49,7 @@ class Streams:
         self._open.add(shard)
         return shard
 
-    def _write(self, shard: Shard, encoded: Sequence[tuple[int, bytes]]) -> None:
+    def _write(self, shard: Shard, encoded: Encoded) -> None:
         with self._ledger.explained():
             self._ledger.require_there()
             shard.write(encoded)

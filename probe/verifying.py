@@ -4,20 +4,17 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Literal
 
-import google_crc32c
 import numpy as np
 import zarr
-import zstandard
 
 from probe import disk, generations
 from probe.arrays import chunks_of, data_arrays, every, opened
 from probe.errors import StoreError
 from probe.places import Folder, Objects, Place, place
 from probe.schema import COLUMNS, DONE, EMPTY, INDEXES
-from probe.sharding import ABSENT, expected, grid
+from probe.sharding import ABSENT, decode, expected, grid, index
 from probe.stories import attributes, require_all
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -49,24 +46,16 @@ def damage(where: Place, key: str, array: "zarr.Array[Any]") -> str:
         return "it is missing"
     if own is None:
         return ""
-    size = 16 * prod(own.tiles) + 4
-    if len(data) < size:
-        return f"it is cut short ({len(data)} bytes, and its index alone has {size})"
-    raw, crc = data[-size:-4], int.from_bytes(data[-4:], "little")
-    if google_crc32c.value(raw) != crc:
-        return "its index has another checksum (it is cut short, or bytes were changed)"
-    decompressor = zstandard.ZstdDecompressor()
-    whole = prod(own.tile) * own.dtype.itemsize
-    for offset, length in np.frombuffer(raw, "<u8").reshape(-1, 2).tolist():
-        if offset == ABSENT:
-            continue
-        tile = data[offset : offset + length]
+    room = np.empty(own.tile, own.dtype)
+    try:
+        tiles = index(own, data)
+    except ValueError as error:
+        return str(error)
+    for offset, length in tiles.tolist():
         try:
-            # asked first: a changed byte may ask for any amount of memory
-            told = zstandard.frame_content_size(tile)
-            if told not in (whole, -1) or len(decompressor.decompress(tile, whole)) != whole:
-                return f"a tile at byte {offset} was changed (it has another size)"
-        except zstandard.ZstdError as error:
+            if offset != ABSENT:
+                decode(own, data[offset : offset + length], room)
+        except ValueError as error:
             return f"a tile at byte {offset} was changed ({error})"
     return ""
 

@@ -1,0 +1,99 @@
+"""Cells read tile by tile equal NumPy's, whatever is asked; and other readers read the same."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import xarray as xr
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from probe import opening, store
+from probe.fetching import fetch
+from probe.sharding import Grid, grid
+from tests.stores import FULL, TINY, fill
+
+SHAPE, SHARD, TILE = (5, 7, 11), (2, 8, 6), (1, 4, 3)
+CODECS: dict[str, Any] = {
+    "crc": [ZstdCodec(level=-3), Crc32cCodec()],
+    "zstd": [ZstdCodec(level=1, checksum=True)],
+}
+    "crc": [ZstdCodec(level=-3), Crc32cCodec()],
+    "zstd": [ZstdCodec(level=1, checksum=True)],
+}
+
+Array = npt.NDArray[Any]
+
+
+@pytest.fixture(scope="module", params=["crc", "zstd"])
+def made(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Grid, Array]:
+    """An array of which some tiles and one shard hold nothing, and what it holds."""
+    folder = tmp_path_factory.mktemp("fetching")
+    values = np.random.default_rng(0).normal(size=SHAPE).astype("float16")
+    values[0, :4], values[2:4, :, 6:], values[4, 4:, 3:6] = -np.inf, -np.inf, -np.inf
+    array = zarr.create_array(
+        folder,
+        name="x",
+        shape=SHAPE,
+        shards=SHARD,
+        chunks=TILE,
+        dtype="float16",
+        compressors=CODECS[request.param],
+        fill_value=-np.inf,
+    )
+    array[...] = values
+    own = grid("x", array)
+    assert own is not None
+    assert not (folder / own.key((1, 0, 1))).exists()
+    return folder, own, values
+
+
+def keys(n: int) -> st.SearchStrategy[Any]:
+    places = st.integers(-n, n - 1)
+    return st.one_of(places, st.slices(n), st.lists(places, max_size=9).map(np.array))
+
+
+@given(key=st.tuples(*map(keys, SHAPE)))
+def test_any_cells(made: tuple[Path, Grid, Array], key: Any) -> None:
+    folder, own, values = made
+    key = tuple(k.astype(int) if isinstance(k, np.ndarray) else k for k in key)
+    whole = np.ix_(*(np.atleast_1d(np.arange(n)[k]) for n, k in zip(SHAPE, key, strict=True)))
+    single = tuple(axis for axis, k in enumerate(key) if isinstance(k, int))
+    found = fetch(folder, own, SHAPE, key)
+    assert found.dtype == values.dtype
+    np.testing.assert_array_equal(found, values[whole].squeeze(single))
+
+
+def test_a_place_that_is_not_there(made: tuple[Path, Grid, Array]) -> None:
+    folder, own, _ = made
+    with pytest.raises(IndexError, match="5 is out of bounds"):
+        fetch(folder, own, SHAPE, (5, 0, slice(None)))
+
+
+@pytest.mark.parametrize("sites", [("pattern",), ("scores", "z")])
+@pytest.mark.parametrize("labels", [TINY, FULL])
+def test_stores_read_as_zarr_python_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: Any, sites: tuple[str, ...]
+) -> None:
+    fill(tmp_path / "s", labels, *sites)
+    ours = store.open(tmp_path / "s").load()
+    monkeypatch.setattr(opening, "grid", lambda name, array: None)
+    xr.testing.assert_identical(ours, store.open(tmp_path / "s").load())
+
+
+@pytest.mark.parametrize("labels", [TINY, FULL])
+def test_other_readers_read_the_same(tmp_path: Path, labels: Any) -> None:
+    tensorstore, zarrs = pytest.importorskip("tensorstore"), pytest.importorskip("zarrs")
+    del zarrs
+    fill(tmp_path / "s", labels)
+    ours = store.open(tmp_path / "s").pattern.values
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path}/s/pattern/"}}
+    np.testing.assert_array_equal(tensorstore.open(spec).result().read().result(), ours)
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        np.testing.assert_array_equal(zarr.open_array(f"{tmp_path}/s/pattern")[...], ours)
