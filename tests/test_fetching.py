@@ -22,9 +22,6 @@ CODECS: dict[str, Any] = {
     "crc": [ZstdCodec(level=-3), Crc32cCodec()],
     "zstd": [ZstdCodec(level=1, checksum=True)],
 }
-    "crc": [ZstdCodec(level=-3), Crc32cCodec()],
-    "zstd": [ZstdCodec(level=1, checksum=True)],
-}
 
 Array = npt.NDArray[Any]
 
