@@ -9,6 +9,7 @@ repeated for grouped-query heads: query head h reads key head h // (n_heads / n_
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -145,10 +146,18 @@ class AttentionCall:
         present = take(self.mask[:, -self.n_keys :].bool(), keys, 1)
         return keep & present[:, None, None, :]
 
-    def scores(self, *, queries: Index = None, keys: Index = None, heads: Index = None) -> Tensor:
+    def scores(
+        self,
+        *,
+        queries: Index = None,
+        keys: Index = None,
+        heads: Index = None,
+        room: Tensor | None = None,
+    ) -> Tensor:
         """Scaled scores with softcap and mask; -inf wherever nothing is attended.
 
-        Only the rows, columns and heads asked for are computed. Gradients flow to query and key.
+        Only the rows, columns and heads asked for are computed. Gradients flow to query and key,
+        unless the scores are computed in a `room`: a flat tensor of their dtype that is as large.
 
         Returns:
             (batch, head, query, key) float32, or float64 where the query is.
@@ -160,13 +169,14 @@ class AttentionCall:
             return torch.cat(list(each), dim=1)
         if torch.is_autocast_enabled(self.query.device.type):
             with torch.autocast(self.query.device.type, enabled=False):
-                return self.scores(queries=queries, keys=keys)
+                return self.scores(queries=queries, keys=keys, room=room)
         q = wide(take(self.query, queries, 2))
         k = wide(take(self.key, keys, 2))
         q = q * self.factor
         batch, _, n, width = q.shape
         # The heads that share a key head become more rows of it, so that no key is repeated.
-        s = q.reshape(batch, self.n_kv_heads, self.share * n, width) @ k.transpose(-1, -2)
+        q = q.reshape(batch, self.n_kv_heads, self.share * n, width)
+        s = torch.matmul(q, k.transpose(-1, -2), out=_within(room, *q.shape[:3], k.shape[2]))
         s = s.reshape(batch, self.n_heads, n, k.shape[2])
         if self.softcap is not None:
             s = (s / self.softcap).tanh_() * self.softcap
@@ -258,14 +268,14 @@ class AttentionCall:
         bias = bias.to(self.query.dtype).clamp_min(low).expand(hidden.shape)
         return replace(self, mask=bias.masked_fill(hidden, hide))
 
-    def normalise(self, scores: Tensor) -> Tensor:
+    def normalise(self, scores: Tensor, room: Tensor | None = None) -> Tensor:
         """Softmax of scores as computed: only a mask or a window can leave a row empty."""
         open_rows = self.mask is None and self.window is None and scores.shape[-1] > 0
-        return self._softmax(scores) if open_rows else self.softmax(scores)
+        return self._softmax(scores, room) if open_rows else self.softmax(scores)
 
-    def _softmax(self, scores: Tensor) -> Tensor:
+    def _softmax(self, scores: Tensor, room: Tensor | None = None) -> Tensor:
         if self.sinks is None:
-            return scores.softmax(-1)
+            return torch.softmax(scores, -1, out=_within(room, *scores.shape))
         sink = self.sinks.to(scores.dtype).view(1, -1, 1, 1)
         return (scores - torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)).exp()
 
@@ -330,3 +340,8 @@ class AttentionCall:
         elif self.mask is not None and self.mask.ndim == 4 and self.mask.dtype != torch.bool:
             s = s + self._mask4(self.mask, queries, keys).to(s.dtype)
         return s.masked_fill_(~self.keep(queries, keys), -torch.inf)
+
+
+def _within(room: Tensor | None, *shape: int) -> Tensor | None:
+    """The beginning of a flat tensor in this shape."""
+    return None if room is None else room[: prod(shape)].view(shape)

@@ -20,7 +20,7 @@ from tests.naive import INF, SITES, Case, attends, call_of, cases, close, naive,
 @given(cases())
 def test_scores_and_pattern_of_any_selection_are_those_of_a_naive_loop(case: Case) -> None:
     scores, pattern = naive(case.call)
-    where = {"heads": case.heads, "queries": case.queries, "keys": case.keys}
+    where: dict[str, Any] = {"heads": case.heads, "queries": case.queries, "keys": case.keys}
     close(case.call.scores(**where), pick(scores, **where), 1e-5)
     close(case.call.pattern(**where), pick(pattern, **where), 1e-5)
     got = case.call.pattern(**where)
