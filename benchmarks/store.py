@@ -149,7 +149,6 @@ TINY = [
     ("ours", "np.save", "bytes", 1 / 0.62),
     ("ours", "pickle, one a problem", "head cold", 50),
     ("ours", "pickle, one a problem", "head warm", 50),
-    ("ours", "pickle, all in one", "head cold", 50),
 ]
 
 
