@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -14,6 +15,7 @@ from probe.errors import InputError
 from probe.filling import fill
 from probe.indexing import take
 from probe.interventions import Intervention, of_items
+from probe.landing import Landing
 from probe.loss import logits_of, next_token_nll
 from probe.matrices import Readable
 from probe.model import Model
@@ -57,6 +59,8 @@ def read(
     heads = todo.some_heads(model.tap.shape(todo.layers).heads)
     dtype = computed(todo)
 
+    landing = Landing()
+
     def visit(layer: int, attention: AttentionEnvoy) -> None:
         seen = attention.seen
         place = todo.layers.index(layer)
@@ -64,25 +68,26 @@ def read(
             part = seen.cut(which, alike[0].length)
             own = range(which.start, which.stop)
             for site in todo.matrices:
-                shape = (len(todo.heads), len(alike[0].queries), len(alike[0].keys))
-                out = torch.empty(len(alike), *shape, dtype=dtype)
-                here = _computed(part, site, out, alike[0], heads)
+                shape = (len(alike), len(todo.heads), len(alike[0].queries), len(alike[0].keys))
+                out = torch.empty(shape, dtype=dtype, device=part.device)
+                _computed(part, site, out, alike[0], heads)
                 if isinstance(todo.reduce, Mapping):
                     for name, metric in todo.reduce.items():
-                        into.put(own, name, apply(metric, here, alike), place)
+                        into.put(own, name, apply(metric, out, alike), place)
                 else:
-                    home = out if here is out else out.copy_(here)  # in one piece
-                    into.put(own, site, home.numpy(), place)
+                    landing.bring(out, partial(into.put, own, site, layer=place))
         if "z" in todo.sites:
             z = attention.z
             for which, alike in groups:
                 rows = take(take(z[which], alike[0].queries, 1), heads, 2)
-                rows = rows.to("cpu", dtype, copy=True)  # the model goes on with its own
-                into.put(range(which.start, which.stop), "z", rows.numpy(), place)
+                rows = rows.to(dtype, copy=True)  # the model goes on with its own
+                own = range(which.start, which.stop)
+                landing.bring(rows, partial(into.put, own, "z", layer=place))
 
     with model.tap.watch.on(*ones, prompt=prompts, length=lengths):
         layers = tuple(sorted(todo.layers))
         output = run(model.tap, visit, inputs(model, items), layers=layers, proof=proof)
+    landing.finish()
     logits = logits_of(output)
     if todo.max_new_tokens and len(items) > 1:
         _require_greedy(logits, items, prompts.tolist())
@@ -182,13 +187,12 @@ def _alike(items: Sequence[Item]) -> Iterator[tuple[slice, list[Item]]]:
 
 def _computed(
     seen: Readable, site: Site, out: Tensor, item: Item, heads: tuple[int, ...] | None
-) -> Tensor:
-    """A layer, computed where the model is; in `out` if that is there."""
+) -> None:
+    """A layer, computed where the model is."""
     everything = tuple(range(item.length))
     queries = None if item.queries == everything else item.queries
     keys = None if item.keys == everything else item.keys
-    here = out if seen.device == out.device else torch.empty_like(out, device=seen.device)
-    return fill(seen, here, site, queries=queries, keys=keys, heads=heads)
+    fill(seen, out, site, queries=queries, keys=keys, heads=heads)
 
 
 def logits(model: Model, items: Sequence[Item], *interventions: Intervention) -> Tensor:
