@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain, groupby, product
 from math import prod
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from probe.sharding import ABSENT, JOB, Grid, decode, index
 
 THREADS = min(4, os.cpu_count() or 1)
+OPEN = 64  # shards at once
 
 Array = npt.NDArray[Any]
 Cells = slice | Array
@@ -41,6 +43,24 @@ class _Tile(NamedTuple):
     bytes: int
     inside: tuple[Any, ...]
     out: tuple[Any, ...]
+
+
+class _File:
+    """A shard, open once: another may take its name while it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._lock = path.open("rb"), threading.Lock()
+
+    def read(self, size: int, offset: int | None = None) -> bytes:
+        """So many bytes, less at the end; without an offset the last ones."""
+        with self._lock:
+            if offset is None:
+                offset = max(0, self._file.seek(0, os.SEEK_END) - size)
+            self._file.seek(offset)
+            return self._file.read(size)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def fetch(
@@ -65,11 +85,17 @@ def fetch(
     out = np.zeros([len(one) for one in asked], grid.dtype)
     if grid.fill != 0:  # else pages are taken where something is written, by the threads
         out[...] = grid.fill
-    by_shard = [_pieces(*dim) for dim in zip(asked, grid.tile, grid.tiles, strict=True)]
+    shards = list(
+        product(*(_pieces(*dim) for dim in zip(asked, grid.tile, grid.tiles, strict=True)))
+    )
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(partial(_locate, folder, grid), product(*by_shard))
-        for _ in pool.map(partial(_read, grid, out), chain.from_iterable(found)):
-            pass
+        for start in range(0, len(shards), OPEN):
+            some = shards[start : start + OPEN]
+            with ExitStack() as files:
+                locate = partial(_locate, folder, grid, out, files)
+                jobs = chain.from_iterable((pool.map if len(some) > 1 else map)(locate, some))
+                for _ in pool.map(partial(_read, grid, out), jobs):
+                    pass
     single = tuple(n for n, one in enumerate(key) if isinstance(one, int | np.integer))
     return out.squeeze(single)
 
@@ -93,16 +119,16 @@ def _run(places: Array) -> Cells:
     return places
 
 
-def _locate(folder: Path, grid: Grid, shard: Any) -> list[tuple[Path, list[_Tile]]]:
-    """The tiles that are asked of one shard, in pieces of work for one thread each."""
-    file = folder / grid.key([at for at, _ in shard])
-    size = 16 * prod(grid.tiles) + 4
+def _locate(
+    folder: Path, grid: Grid, out: Array, files: ExitStack, shard: Any
+) -> list[tuple[_File, list[_Tile]]]:
+    """The tiles that are asked of one shard, in pieces of work; a single one is done at once."""
     try:
-        with file.open("rb", buffering=0) as opened:
-            opened.seek(max(0, opened.seek(0, os.SEEK_END) - size))
-            tiles = index(grid, opened.read(size))
+        file = _File(folder / grid.key([at for at, _ in shard]))
     except FileNotFoundError:
         return []
+    files.callback(file.close)
+    tiles = index(grid, file.read(16 * prod(grid.tiles) + 4))
     dims = [pieces for _, pieces in shard]
     numbers = np.zeros((), int)
     for pieces, n in zip(dims, grid.tiles, strict=True):
@@ -111,12 +137,15 @@ def _locate(folder: Path, grid: Grid, shard: Any) -> list[tuple[Path, list[_Tile
     found = []
     for which in np.argwhere(offsets != ABSENT):
         pieces = [some[n] for some, n in zip(dims, which, strict=True)]
-        inside, out = _cells([p.inside for p in pieces]), _cells([p.out for p in pieces])
+        where = _cells([p.inside for p in pieces]), _cells([p.out for p in pieces])
         at = tuple(which)
-        found.append(_Tile(int(offsets[at]), int(lengths[at]), inside, out))
+        found.append(_Tile(int(offsets[at]), int(lengths[at]), *where))
     found.sort(key=lambda tile: tile.offset)
     step = max(1, JOB // (prod(grid.tile) * grid.dtype.itemsize))
-    return [(file, found[start : start + step]) for start in range(0, len(found), step)]
+    jobs = [(file, found[start : start + step]) for start in range(0, len(found), step)]
+    if len(jobs) == 1:
+        _read(grid, out, jobs.pop())
+    return jobs
 
 
 def _cells(dims: Sequence[Cells]) -> tuple[Any, ...]:
@@ -126,14 +155,12 @@ def _cells(dims: Sequence[Cells]) -> tuple[Any, ...]:
     return np.ix_(*(np.arange(d.start, d.stop) if isinstance(d, slice) else d for d in dims))
 
 
-def _read(grid: Grid, out: Array, job: tuple[Path, list[_Tile]]) -> None:
+def _read(grid: Grid, out: Array, job: tuple[_File, list[_Tile]]) -> None:
     """Decode some tiles of a file, and keep the cells that are asked."""
     file, tiles = job
     key = (grid.tile, grid.dtype)
     if getattr(_local, "key", None) != key:
         _local.key, _local.room = key, np.empty(grid.tile, grid.dtype)
-    with file.open("rb", buffering=0) as opened:
-        for tile in tiles:
-            opened.seek(tile.offset)
-            decode(grid, opened.read(tile.bytes), _local.room)
-            out[tile.out] = _local.room[tile.inside]
+    for tile in tiles:
+        decode(grid, file.read(tile.bytes, tile.offset), _local.room)
+        out[tile.out] = _local.room[tile.inside]

@@ -50,6 +50,8 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
         raise InputError(f"chunks={chunks!r}. Choose 'shards', or None for no dask.")
     where = place(path)
     attrs = attributes(where)
+    if isinstance(where, Folder):
+        where = Folder(where.path.absolute())  # what is read later is where it was
     try:
         group = opened(where.zarr)
         arrays = every(group)
@@ -165,6 +167,8 @@ class Stored(_Placed):
             else:
                 found = np.asarray(self._array.oindex[key])
             return decoded(found) if self._coded else found
+        except MemoryError:
+            raise
         except Exception as error:  # each place and codec has kinds of its own
             self._explain(key, str(error))
             raise

@@ -31,6 +31,7 @@ HASHES = 9  # log2 of zstd's table at negative levels: a fifth faster, 2 % more 
 
 Array = npt.NDArray[Any]
 _local = threading.local()
+_KEYS = {"name": "default", "configuration": {"separator": "/"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +57,28 @@ class Grid:
 
 
 def grid(name: str, array: "zarr.Array[Any]") -> Grid | None:
-    """The grid of an array of ours; None where zarr-python has to write it."""
-    found: Any = array.compressors
-    codecs = [codec.to_dict() for codec in found]
-    names = [codec["name"] for codec in codecs]
-    known = names in (["zstd"], ["zstd", "crc32c"]) and array.dtype.kind in "fiu"
-    if array.shards is None or not known:
+    """The grid of an array as we write it; None where zarr-python has to read and write it."""
+    told: Any = array.metadata.to_dict()
+    codecs, keys = told.get("codecs", ()), told.get("chunk_key_encoding")
+    if _names(codecs) != ["sharding_indexed"] or keys != _KEYS or array.dtype.kind not in "fiu":
         return None
-    options = codecs[0]["configuration"]
+    how = codecs[0]["configuration"]
+    names = _names(how["codecs"])
+    known = how["index_location"] == "end" and _names(how["index_codecs"]) == ["bytes", "crc32c"]
+    if not known or names not in (["bytes", "zstd"], ["bytes", "zstd", "crc32c"]):
+        return None
+    zstd = how["codecs"][1]["configuration"]
     fill = array.dtype.type(array.fill_value)
-    how = options["level"], options["checksum"], len(names) == 2
-    return Grid(name, array.shards, array.chunks, array.dtype, fill, *how)
+    options = zstd["level"], zstd["checksum"], "crc32c" in names
+    return Grid(name, array.shards or (), array.chunks, array.dtype, fill, *options)
+
+
+def _names(codecs: Sequence[Any]) -> list[str]:
+    ends = [codec.get("configuration", {}).get("endian", "little") for codec in codecs]
+    return [
+        codec["name"] if end == "little" else f"{codec['name']} {end}"
+        for codec, end in zip(codecs, ends, strict=True)
+    ]
 
 
 Cut = tuple[tuple[int, ...], int, Array]

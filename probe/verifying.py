@@ -41,7 +41,10 @@ def damage(where: Place, key: str, array: "zarr.Array[Any]") -> str:
     Tiles of stores that were written before tiles had checksums are only decoded.
     """
     own = grid(key.split("/")[0], array)
-    data = where.read(key)
+    try:
+        data = where.read(key)
+    except OSError as error:  # a bad sector, a folder in its place
+        return f"it cannot be read ({error.strerror or error})"
     if data is None:
         return "it is missing"
     if own is None:

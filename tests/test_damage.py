@@ -68,7 +68,13 @@ def change_index(file: Path) -> str:
     return "its index has another checksum (it is cut short, or bytes were changed)"
 
 
-HARM = [remove, cut, cut_nearly_all, flip, change_index]
+def cover(file: Path) -> str:
+    file.unlink()
+    file.mkdir()
+    return "it cannot be read (Is a directory)"
+
+
+HARM = [cover, remove, cut, cut_nearly_all, flip, change_index]
 
 
 @pytest.mark.parametrize("harm", HARM)

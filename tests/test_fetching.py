@@ -10,11 +10,17 @@ import xarray as xr
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import (
+    BytesCodec,
+    Crc32cCodec,
+    GzipCodec,
+    TransposeCodec,
+    ZstdCodec,
+)
 
 from probe import opening, store
 from probe.fetching import fetch
-from probe.sharding import Grid, grid
+from probe.sharding import Grid, grid, index
 from tests.stores import FULL, TINY, fill
 
 SHAPE, SHARD, TILE = (5, 7, 11), (2, 8, 6), (1, 4, 3)
@@ -82,6 +88,42 @@ def test_stores_read_as_zarr_python_reads_them(
     ours = store.open(tmp_path / "s").load()
     monkeypatch.setattr(opening, "grid", lambda name, array: None)
     xr.testing.assert_identical(ours, store.open(tmp_path / "s").load())
+
+
+OTHERWISE: list[dict[str, Any]] = [
+    {"filters": [TransposeCodec(order=(0, 1, 2, 4, 3))]},
+    {"serializer": BytesCodec(endian="big")},
+    {"chunk_key_encoding": {"name": "default", "separator": "."}},
+    {"shards": {"shape": (1, 2, 4, 6, 6), "index_location": "start"}},
+    {"compressors": [GzipCodec()]},
+]
+
+
+@pytest.mark.parametrize("how", OTHERWISE)
+def test_what_somebody_wrote_otherwise_is_left_to_zarr_python(how: dict[str, Any]) -> None:
+    options: Any = {"shards": (1, 2, 4, 6, 6), "compressors": CODECS["crc"]} | how
+    array = zarr.create_array(
+        {}, shape=(3, 2, 4, 6, 6), chunks=(1, 1, 2, 6, 6), dtype="float16", **options
+    )
+    assert grid("x", array) is None
+
+
+def test_a_shard_replaced_while_it_is_read_gives_one_or_the_other(
+    made: tuple[Path, Grid, Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, own, values = made
+    file = folder / own.key((0, 0, 0))
+    kept = file.read_bytes()
+
+    def replaced(grid: Grid, end: bytes) -> Array:
+        file.with_suffix(".new").write_bytes(b"of another writer")
+        file.with_suffix(".new").replace(file)
+        return index(grid, end)
+
+    monkeypatch.setattr("probe.fetching.index", replaced)
+    found = fetch(folder, own, SHAPE, (1, slice(None), slice(6)))
+    file.write_bytes(kept)
+    np.testing.assert_array_equal(found, values[1, :, :6])
 
 
 @pytest.mark.parametrize("labels", [TINY, FULL])
