@@ -50,12 +50,11 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self._file, self._lock = path.open("rb"), threading.Lock()
+        self.size = self._file.seek(0, os.SEEK_END)
 
-    def read(self, size: int, offset: int | None = None) -> bytes:
-        """So many bytes, less at the end; without an offset the last ones."""
+    def read(self, size: int, offset: int) -> bytes:
+        """So many bytes, less at the end."""
         with self._lock:
-            if offset is None:
-                offset = max(0, self._file.seek(0, os.SEEK_END) - size)
             self._file.seek(offset)
             return self._file.read(size)
 
@@ -88,14 +87,13 @@ def fetch(
     shards = list(
         product(*(_pieces(*dim) for dim in zip(asked, grid.tile, grid.tiles, strict=True)))
     )
-    with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(shards), OPEN):
-            some = shards[start : start + OPEN]
-            with ExitStack() as files:
-                locate = partial(_locate, folder, grid, out, files)
-                jobs = chain.from_iterable((pool.map if len(some) > 1 else map)(locate, some))
-                for _ in pool.map(partial(_read, grid, out), jobs):
-                    pass
+    for start in range(0, len(shards), OPEN):
+        some = shards[start : start + OPEN]
+        with ExitStack() as files, ThreadPoolExecutor(THREADS) as pool:
+            locate = partial(_locate, folder, grid, out, files)
+            jobs = chain.from_iterable((pool.map if len(some) > 1 else map)(locate, some))
+            for _ in pool.map(partial(_read, grid, out), jobs):
+                pass
     single = tuple(n for n, one in enumerate(key) if isinstance(one, int | np.integer))
     return out.squeeze(single)
 
@@ -128,14 +126,18 @@ def _locate(
     except FileNotFoundError:
         return []
     files.callback(file.close)
-    tiles = index(grid, file.read(16 * prod(grid.tiles) + 4))
+    size = min(file.size, 16 * prod(grid.tiles) + 4)
+    tiles = index(grid, file.read(size, file.size - size))
     dims = [pieces for _, pieces in shard]
     numbers = np.zeros((), int)
     for pieces, n in zip(dims, grid.tiles, strict=True):
         numbers = np.add.outer(numbers * n, [piece.tile % n for piece in pieces])
     offsets, lengths = np.moveaxis(tiles[numbers], -1, 0)
+    there = offsets != ABSENT
+    if (np.maximum(offsets, lengths)[there] > file.size).any():
+        raise ValueError("its index points past its end")
     found = []
-    for which in np.argwhere(offsets != ABSENT):
+    for which in np.argwhere(there):
         pieces = [some[n] for some, n in zip(dims, which, strict=True)]
         where = _cells([p.inside for p in pieces]), _cells([p.out for p in pieces])
         at = tuple(which)

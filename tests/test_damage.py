@@ -1,19 +1,23 @@
 """Stores that lost a file, a tail or a bit: said when they are read, found by verify, repaired."""
 
 import json
+import math
 import os
 import random
 import re
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 from typer.testing import CliRunner
 
 from probe import opening, schema, store
 from probe.errors import StoreError
+from probe.sharding import grid
 from recipes.cli import app
 from tests.stores import CONFIG, FULL, TINY, check, fill, put, says
 
@@ -68,13 +72,24 @@ def change_index(file: Path) -> str:
     return "its index has another checksum (it is cut short, or bytes were changed)"
 
 
+def change_index_and_its_checksum(file: Path) -> str:
+    """So that its first tile is 2^62 bytes."""
+    own = grid("pattern", zarr.open_array(file.parents[5]))
+    assert own is not None
+    data, size = bytearray(file.read_bytes()), 16 * math.prod(own.tiles) + 4
+    data[-size + 8 : -size + 16] = (2**62).to_bytes(8, "little")
+    data[-4:] = google_crc32c.value(bytes(data[-size:-4])).to_bytes(4, "little")
+    file.write_bytes(data)
+    return "a tile at byte 0 was changed ("
+
+
 def cover(file: Path) -> str:
     file.unlink()
     file.mkdir()
     return "it cannot be read (Is a directory)"
 
 
-HARM = [cover, remove, cut, cut_nearly_all, flip, change_index]
+HARM = [change_index_and_its_checksum, cover, remove, cut, cut_nearly_all, flip, change_index]
 
 
 @pytest.mark.parametrize("harm", HARM)
