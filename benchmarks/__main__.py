@@ -77,10 +77,13 @@ def sizes(options: argparse.Namespace, console: Console) -> Figures:
 
 
 def memory(options: argparse.Namespace, console: Console) -> Figures:
-    """Peaks of a capture into a store: more and more layers, more and more problems."""
+    """Peaks of a capture into a store: more and more layers, more and more problems.
+
+    The least fill what waits to be written (32 MB) and the batch, both of which are bounded.
+    """
     del options
     found: Figures = {}
-    for what, values in (("layers", (6, 12, 24)), ("batch", (2, 8, 32))):
+    for what, values in (("layers", (12, 24, 48)), ("batch", (8, 32, 128))):
         for value in values:
             setting = Setting(length=512).but(**{what: value})
             result = compared(setting, "stored", repeats=0, names=[OURS], warmups=0)[OURS]
@@ -113,6 +116,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep the figures here; those of others stay")
     parser.add_argument("--from", type=Path, dest="before", help="measure nothing, read this")
     parser.add_argument("--plot", type=Path, help="draw cost against length and rows, as .png")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args()
     console = Console(width=130)
     if options.install:
@@ -130,6 +134,8 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(figures, indent=1))
     report.targets(console, figures)
+    if options.markdown:
+        print(report.markdown(figures))
     if options.plot:
         report.plot(figures, options.plot)
 
