@@ -16,6 +16,7 @@ from probe.matrices import Matrices, Readable
 # the launches few.
 _TILES = {"cpu": (64, 1 << 21)}
 _GPU_TILE = (1024, 1 << 26)
+_MANY_KEYS = 1 << 20  # bytes of one item's keys whose copy takes longer than a tile's calls
 
 
 def fill(
@@ -68,9 +69,13 @@ def _fill(
     empty = 0.0 if site == "pattern" else -torch.inf
     chosen = None if queries is None else positions(queries, call.n_queries, out.device)
     columns = None if keys is None else positions(keys, call.n_keys, out.device)
-    # A product with keys that do not lie in order would copy them for every tile.
-    exact = replace(call, query=wide(call.query), key=wide(call.key).contiguous())
     batches, groups, rows = _tiles(call, out.shape[2])
+    exact = replace(call, query=wide(call.query), key=wide(call.key))
+    # A product with keys that do not lie in order copies them for every tile, but for one item's.
+    if len(rows) == 1 and exact.key[:1].nbytes >= _MANY_KEYS:
+        batches = slices(call.query.shape[0], 1)
+    else:
+        exact = replace(exact, key=exact.key.contiguous())
     # New memory for every tile would be taken from the system each time: a sixth of all the time.
     largest = prod(some[0].stop for some in (batches, groups, rows) if some)
     room = exact.query.new_empty(2, largest * call.share * call.n_keys)
