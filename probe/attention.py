@@ -13,7 +13,7 @@ from math import prod
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, softmax
 
 from probe.errors import InputError
 from probe.indexing import Index, bounds, positions, take, unbroken, wide
@@ -275,7 +275,7 @@ class AttentionCall:
 
     def _softmax(self, scores: Tensor, room: Tensor | None = None) -> Tensor:
         if self.sinks is None:
-            return torch.softmax(scores, -1, out=_within(room, *scores.shape))
+            return softmax(scores, -1, out=_within(room, *scores.shape))
         sink = self.sinks.to(scores.dtype).view(1, -1, 1, 1)
         return (scores - torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)).exp()
 
