@@ -118,7 +118,7 @@ def targets(console: Console, figures: Figures) -> None:
         except KeyError:
             continue
         verdict = "pass" if found <= most else "FAIL"
-        table.add_row(what, f"{most:g}", f"{found:.3g}", verdict)
+        table.add_row(what, f"{most:g}", f"{found:.4g}", verdict)
     console.print(table)
 
 
@@ -139,9 +139,11 @@ def plot(figures: Figures, path: Path) -> None:
     for name, points in costs.items():
         x, y = zip(*sorted(points), strict=True)
         ours = name.startswith("probe")
-        left.plot(x, y, "o-" if ours else "o--", lw=2 if ours else 1, label=name)
+        left.plot(x, y, "o-" if ours else "x--", lw=2.5 if ours else 1, label=name)
     left.set(xscale="log", xlabel="tokens", ylabel="CPU time, plain SDPA forwards")
-    left.set_xticks([256, 1024, 4096], ["256", "1,024", "4,096"])
+    lengths = sorted({length for points in costs.values() for length, _ in points})
+    left.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    left.minorticks_off()
     left.set_title("all patterns, in memory")
     left.legend(fontsize=7)
     if "rows" in figures:
