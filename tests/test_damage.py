@@ -205,3 +205,23 @@ def test_dask_chunks_are_shards(path: Path, kind: str) -> None:
     with pytest.raises(Exception, match=r"^chunks='auto'. Choose 'shards', or None for no dask\.$"):
         store.open(path, chunks="auto")  # type: ignore[arg-type]
     assert schema.SCHEMA == "probe/1"
+
+
+def test_a_store_named_relatively_is_read_where_it_was(
+    path: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent)
+    ds = store.open(path.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    check(ds, STORES[kind])
+
+
+def test_too_much_memory_is_no_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(opening, "fetch", refuse)
+    monkeypatch.setattr(opening, "grid", grid)
+    with pytest.raises(MemoryError, match=r"^Unable to allocate 9 TiB$"):
+        store.open(path).pattern.load()
