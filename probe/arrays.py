@@ -169,8 +169,10 @@ def data_arrays(attrs: Mapping[str, Any]) -> list[str]:
 
 def every(group: zarr.Group) -> dict[str, zarr.Array[Any]]:
     """All arrays of a group; looked up at once, which is faster than one by one."""
-    with zarr.config.set({"array.write_empty_chunks": True}):  # a file that is missing was lost
-        return cast("dict[str, zarr.Array[Any]]", dict(group.arrays()))
+    # not by zarr's own settings: other threads have the same ones, and change them back
+    return {
+        name: cast("zarr.Array[Any]", array.with_config(WHOLE)) for name, array in group.arrays()
+    }
 
 
 def chunks_of(array: "zarr.Array[Any]") -> Iterator[str]:
