@@ -49,7 +49,6 @@ def damage(where: Place, key: str, array: "zarr.Array[Any]") -> str:
         return "it is missing"
     if own is None:
         return ""
-    room = np.empty(own.tile, own.dtype)
     try:
         tiles = index(own, data)
     except ValueError as error:
@@ -57,7 +56,7 @@ def damage(where: Place, key: str, array: "zarr.Array[Any]") -> str:
     for offset, length in tiles.tolist():
         try:
             if offset != ABSENT:
-                decode(own, data[offset : offset + length], room)
+                decode(own, data[offset : offset + length])
         except ValueError as error:
             return f"a tile at byte {offset} was changed ({error})"
     return ""

@@ -1,7 +1,6 @@
 """Stores that lost a file, a tail or a bit: said when they are read, found by verify, repaired."""
 
 import json
-import math
 import os
 import random
 import re
@@ -76,7 +75,7 @@ def change_index_and_its_checksum(file: Path) -> str:
     """So that its first tile is 2^62 bytes."""
     own = grid("pattern", zarr.open_array(file.parents[5]))
     assert own is not None
-    data, size = bytearray(file.read_bytes()), 16 * math.prod(own.tiles) + 4
+    data, size = bytearray(file.read_bytes()), own.index_bytes
     data[-size + 8 : -size + 16] = (2**62).to_bytes(8, "little")
     data[-4:] = google_crc32c.value(bytes(data[-size:-4])).to_bytes(4, "little")
     file.write_bytes(data)
