@@ -46,11 +46,11 @@ def show(console: Console, title: str, found: Figures) -> None:
 
 
 def markdown(figures: Figures) -> str:
-    """All workloads in one table: CPU time and its middle half, wall time, peak memory."""
-    out = ["| " + " | ".join(["tokens, what", *COLUMNS]) + " |", "|---" * 8 + "|"]
+    """All workloads in one table, as `show` has each."""
+    out = ["| " + " | ".join(["tokens, what", *COLUMNS]) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for title, found in figures["table"].items():
         for row in lines(found):
-            out.append("| " + " | ".join([title, *row, *[""] * (7 - len(row))]) + " |")
+            out.append("| " + " | ".join([title, *row, *[""] * (len(COLUMNS) - len(row))]) + " |")
     return "\n".join(out)
 
 

@@ -13,7 +13,8 @@ from math import prod
 from typing import Literal
 
 import torch
-from torch import Tensor, softmax
+from torch import Tensor
+from torch import softmax as torch_softmax  # ours, whatever a model puts in torch's place
 
 from probe.errors import InputError
 from probe.indexing import Index, bounds, positions, take, unbroken, wide
@@ -275,7 +276,7 @@ class AttentionCall:
 
     def _softmax(self, scores: Tensor, room: Tensor | None = None) -> Tensor:
         if self.sinks is None:
-            return softmax(scores, -1, out=_within(room, *scores.shape))
+            return torch_softmax(scores, -1, out=_within(room, *scores.shape))
         sink = self.sinks.to(scores.dtype).view(1, -1, 1, 1)
         return (scores - torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)).exp()
 

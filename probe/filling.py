@@ -72,7 +72,8 @@ def _fill(
     batches, groups, rows = _tiles(call, out.shape[2])
     exact = replace(call, query=wide(call.query), key=wide(call.key))
     # A product with keys that do not lie in order copies them for every tile, but for one item's.
-    if len(rows) == 1 and exact.key[:1].nbytes >= _MANY_KEYS:
+    long = exact.key[:1].nbytes >= _MANY_KEYS
+    if long and len(rows) == 1 and call.device.type == "cpu":  # elsewhere launches cost more
         batches = slices(call.query.shape[0], 1)
     else:
         exact = replace(exact, key=exact.key.contiguous())

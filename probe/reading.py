@@ -70,7 +70,7 @@ def read(
             for site in todo.matrices:
                 shape = (len(alike), len(todo.heads), len(alike[0].queries), len(alike[0].keys))
                 out = torch.empty(shape, dtype=dtype, device=part.device)
-                _computed(part, site, out, alike[0], heads)
+                _fill(part, site, out, alike[0], heads)
                 if isinstance(todo.reduce, Mapping):
                     for name, metric in todo.reduce.items():
                         into.put(own, name, apply(metric, out, alike), place)
@@ -185,7 +185,7 @@ def _alike(items: Sequence[Item]) -> Iterator[tuple[slice, list[Item]]]:
         start += len(alike)
 
 
-def _computed(
+def _fill(
     seen: Readable, site: Site, out: Tensor, item: Item, heads: tuple[int, ...] | None
 ) -> None:
     """A layer, computed where the model is."""
