@@ -99,7 +99,7 @@ TARGETS: list[tuple[str, float, Callable[[Figures], float]]] = [
      lambda f: _cell(f, "1024 stored", WALL)),
     ("peak of a capture into a store, x plain forward", 2.0, _peak),
     ("that peak with 12 to 48 layers, most of least", 1.1, lambda f: _flat(f, "layers")),
-    ("that peak with 8 to 128 problems, most of least", 1.1, lambda f: _flat(f, "problems")),
+    ("that peak with 24 to 96 problems, most of least", 1.1, lambda f: _flat(f, "problems")),
     ("tap, microseconds a traced layer", 60, lambda f: float(f["tap"]["layer"])),
     ("a tapped model that nobody watches, x CPU", 1.01, lambda f: float(f["tap"]["idle"])),
     ("sweep, of L x H forwards", 0.5, lambda f: float(f["sweep"]["256 tokens"])),

@@ -1,5 +1,6 @@
 """Problems in hand: which may come, and whether what comes fits the store."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -75,30 +76,38 @@ class Arrivals:
         part.labels[index] = labels
 
     def require_fit(
-        self, index: int, name: str, values: npt.NDArray[Any], layer: int | None
+        self, indices: Sequence[int], name: str, values: npt.NDArray[Any], layer: int | None
     ) -> None:
         """Refuse values of another shape, or that the stored dtype cannot hold."""
         ledger, axes = self._ledger, self._ledger.axes[name][1:]
-        expected = ledger.shape(name, index)
-        if layer is not None:
-            count = ledger.sizes["layer"]
-            if not 0 <= layer < count:
-                raise InputError(f"layer={layer}: the store has {count}, 0 to {count - 1}.")
-            pairs = zip(axes, expected, strict=True)
-            expected = tuple(1 if dim == "layer" else n for dim, n in pairs)
-        if values.shape[1:] != expected:
-            raise InputError(
-                f"{name} of problem {ledger.ids[index]!r} has shape {values.shape[1:]}. "
-                f"Give ({', '.join(axes)}) = {expected}."
-            )
+        count = ledger.sizes["layer"]
+        if layer is not None and not 0 <= layer < count:
+            raise InputError(f"layer={layer}: the store has {count}, 0 to {count - 1}.")
+        for index in indices:
+            expected = ledger.shape(name, index)
+            if layer is not None:
+                pairs = zip(axes, expected, strict=True)
+                expected = tuple(1 if dim == "layer" else n for dim, n in pairs)
+            if values.shape[1:] != expected:
+                raise InputError(
+                    f"{name} of problem {ledger.ids[index]!r} has shape {values.shape[1:]}. "
+                    f"Give ({', '.join(axes)}) = {expected}."
+                )
         dtype = ledger.arrays[name].dtype
-        if dtype.kind == "u" and values.size and not (values.min() >= 0 and values.max() < 1.001):
+        if values.size and (dtype.kind == "u" or name == "scores"):
+            for index, own in zip(indices, values, strict=True):
+                self._require_range(index, name, own, dtype)
+
+    def _require_range(
+        self, index: int, name: str, values: npt.NDArray[Any], dtype: np.dtype[Any]
+    ) -> None:
+        if dtype.kind == "u" and not (values.min() >= 0 and values.max() < 1.001):
             raise InputError(
-                f"{name} of problem {ledger.ids[index]!r} goes from {values.min():.3g} to "
+                f"{name} of problem {self._ledger.ids[index]!r} goes from {values.min():.3g} to "
                 f"{values.max():.3g}, and codes are of probabilities. Use dtype='float16'."
             )
-        if name == "scores" and values.size and values.max() > np.finfo(dtype).max:
+        if name == "scores" and values.max() > np.finfo(dtype).max:
             raise InputError(
-                f"scores of problem {ledger.ids[index]!r} pass what {dtype} holds "
+                f"scores of problem {self._ledger.ids[index]!r} pass what {dtype} holds "
                 f"({np.finfo(dtype).max:.0f}). Use dtype='float32'."
             )

@@ -79,7 +79,7 @@ def _fill(
         exact = replace(exact, key=exact.key.contiguous())
     # New memory for every tile would be taken from the system each time: a sixth of all the time.
     largest = prod(some[0].stop for some in (batches, groups, rows) if some)
-    room = exact.query.new_empty(2, largest * call.share * call.n_keys)
+    room = exact.query.new_empty(2, largest * call.share * (call.n_keys + call.query.shape[-1]))
     for items, group in product(batches, groups):
         part = exact.part(items, group)
         for some in rows:

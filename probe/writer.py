@@ -65,6 +65,7 @@ class Writer:
         self._saved, self._took = time.monotonic(), 0.0
         self._line = Line(ENCODERS, DEPTH, ledger.tend)
         self._streams = Streams(ledger, self._line)
+        self._spare: dict[str, Array] = {}
         self._release = weakref.finalize(self, _let_go, self._line, release)
 
     def __enter__(self) -> Self:
@@ -185,8 +186,9 @@ class Writer:
             where, which = zip(*some, strict=True)
             own = values[where[0] : where[-1] + 1]
             for index in which:
-                part = self._part(index)
-                self._arrivals.require_fit(index, name, own, layer)
+                part = self._part(index)  # of all of them
+            self._arrivals.require_fit(which, name, own, layer)
+            for index in which:
                 came = part.came.setdefault(index, {})
                 came[name] = came.get(name, 0) | layers
             corner = [first if dim == "layer" else 0 for dim in axes[1:]]
@@ -312,7 +314,11 @@ class Writer:
             array, ledger = self._ledger.arrays[name], self._ledger
             # one problem needs only its own rows and columns; several share whole matrices
             shape = ledger.shape(name, part.start) if ledger.step == 1 else array.shape[1:]
-            block = np.full((part.stop - part.start, *shape), array.fill_value, array.dtype)
+            shape = (part.stop - part.start, *shape)
+            block = self._spare.pop(name, None)
+            if block is None or block.shape != shape:
+                block = np.empty(shape, array.dtype)
+            block[...] = array.fill_value
             if self._arrivals.taken[part.start : part.stop].any():
                 self.wait()
                 done = ledger.status[part.start : part.stop] == DONE
@@ -324,6 +330,8 @@ class Writer:
         """Commit a part that is complete; and from time to time all that is in hand."""
         if len(part.arrived) == part.missing:
             self._commit(self._arrivals.parts.pop(part.start))
+            if self._ledger.step > 1:  # new memory for every shard costs more than filling it
+                self._line.do(partial(self._spare.update, part.blocks))
         elif time.monotonic() - self._saved > max(SECONDS, SHARE * self._took):
             self.save()
 

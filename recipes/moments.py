@@ -105,7 +105,7 @@ def over(ds: xr.Dataset, measure: Measure | None = None, *, threads: int = THREA
 
     Args:
         ds: An opened store.
-        measure: What is averaged, of a shard that is in memory: named arrays with the dim
+        measure: What is averaged, of a shard whose data is in memory: named arrays with the dim
             `problem`; NaN for what does not exist. Default: `pattern`, NaN where there is no cell.
         threads: Shards that are read and measured at once.
 
@@ -190,7 +190,9 @@ def _of(part: xr.Dataset, measure: Measure | None) -> Moments:
         each = [_patterns(part.pattern.isel(layer=[n]), cells) for n in range(part.sizes["layer"])]
         fields = zip(*((one.count, one.mean, one.squares) for one in each), strict=True)
         return Moments(*(xr.concat(layers, "layer") for layers in fields))
-    found: Any = measure(part.load())
+    for name in part.data_vars:  # labels are read by who asks for them
+        part.variables[name].load()
+    found: Any = measure(part)
     if isinstance(found, xr.DataArray):
         found = found.to_dataset(name=found.name or "value")
     values = found if isinstance(found, xr.Dataset) else xr.Dataset(found)

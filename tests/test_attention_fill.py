@@ -39,6 +39,24 @@ def test_the_keys_asked_for_never_change_the_softmax() -> None:
     assert torch.equal(call.pattern(keys=[3, 1]), call.pattern()[..., [3, 1]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_future_stays_hidden_whatever_is_there(dtype: torch.dtype) -> None:
+    """Of a key of NaN and of infinite ones, and what may be seen keeps its bits."""
+    query, key = torch.randn(
+        2, 1, 2, 70, 4, generator=torch.Generator().manual_seed(0), dtype=dtype
+    )
+    key[..., 1, :], key[..., 68, :], key[..., 69, :] = math.nan, math.inf, -math.inf
+    call = AttentionCall(query, key, key)
+    found = fill(call, torch.empty(1, 2, 70, 70, dtype=dtype), "scores")
+    ahead = torch.ones(70, 70, dtype=torch.bool).triu(1)
+    assert bool((found[..., ahead] == -torch.inf).all())
+    torch.testing.assert_close(found, call.scores(), equal_nan=True)
+    assert bool(found[..., 1:, 1].isnan().all())
+    pattern = fill(call, torch.empty(1, 2, 70, 70, dtype=dtype))
+    assert pattern[..., 0, 0].tolist() == [[1.0, 1.0]]
+    assert not pattern[..., 0, 1:].any()
+
+
 def test_columns_may_be_taken_in_steps() -> None:
     call = call_of(8, 8)
     close(call.scores(keys=slice(0, None, 2)), call.scores()[..., ::2])
