@@ -3,11 +3,11 @@
 A `Trunk` is one forward over one problem, kept: what goes into each block and into each output
 projection. A branch leaves it at a layer: the blocks below are skipped, the layer's output
 projection is given several versions of z, one for each variant, and the model's own code does the
-rest, at the price of the blocks above.
+rest, at the price of its MLP and the blocks above.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -53,12 +53,15 @@ class Anatomy:
         place: Where each layer's block is in the stack.
         out: The module of each layer that is given z.
         tuples: Whether a block returns a tuple, its hidden states first.
+        attention: The attention module of each layer that hands on what `out` returns, and what
+            else it returns, if that is a tuple: it need not run where z is given.
     """
 
     stack: Sequence[nn.Module]
     place: Mapping[int, int]
     out: Mapping[int, nn.Module]
     tuples: Sequence[bool]
+    attention: Mapping[int, tuple[nn.Module, tuple[Any, ...] | None]]
 
 
 def grow(model: Model, item: Item, anatomy: Anatomy | None) -> Trunk:
@@ -184,6 +187,8 @@ def _look(model: Model, item: Item) -> Anatomy:
     stack, place = stack_of(model.module, attention)
     passed: dict[nn.Module, tuple[Tensor, Any]] = {}
     given: dict[int, nn.Module] = {}
+    more: dict[int, bool] = {}  # whether it is given more than that
+    gave: dict[nn.Module, Any] = {}
     z: dict[int, Tensor] = {}
 
     def block(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -194,19 +199,27 @@ def _look(model: Model, item: Item) -> Anatomy:
     def look(value: Tensor, call: AttentionCall) -> None:
         z[call.layer] = rearrange(value, "b q h d -> b q (h d)")
 
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if module in (*given.values(), *attention.values()):
+            gave[module] = output
+
     with ExitStack() as hooks:
         for module in stack:
             handle = module.register_forward_hook(block, with_kwargs=True)
             hooks.callback(handle.remove)
         for layer, module in attention.items():
             for part in module.modules():
+                hooks.callback(part.register_forward_hook(keep).remove)
 
-                def inner(part: nn.Module, args: Any, layer: int = layer) -> None:
-                    if args and layer in z and _same(args[0], z[layer]):
-                        given.setdefault(layer, part)  # what is inside it is given z by it
+                def inner(part: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
+                    fresh = layer in z and layer not in given  # what is inside it is given z by it
+                    if fresh and args and _same(args[0], z[layer]):
+                        given[layer] = part
+                        more[layer] = bool(args[1:] or kwargs)
 
                 if part is not module:
-                    hooks.callback(part.register_forward_pre_hook(inner).remove)
+                    handle = part.register_forward_pre_hook(inner, with_kwargs=True)
+                    hooks.callback(handle.remove)
         logits(model, [item], Edit(site="z", function=look))
     if missing := [layer for layer in attention if layer not in given]:
         raise Unfit(f"no module of layer {missing[0]} is given z as it is")
@@ -216,7 +229,19 @@ def _look(model: Model, item: Item) -> Anatomy:
     for before, after in pairwise(stack):
         if not _same(_first(passed[before][1]), passed[after][0]):
             raise Unfit("what goes into a block is not what the block before it returned")
-    return Anatomy(stack, place, given, [isinstance(r, tuple) for r in results])
+    tuples = [isinstance(r, tuple) for r in results]
+    alone = {
+        layer: (module, gave[module][1:] if isinstance(gave[module], tuple) else None)
+        for layer, module in attention.items()
+        if not more[layer] and _hands_on(gave.get(module), gave.get(given[layer]))
+    }
+    return Anatomy(stack, place, given, tuples, alone)
+
+
+def _hands_on(output: Any, hidden: Any) -> bool:
+    """Whether a module returns nothing but some hidden states."""
+    first, *rest = output if isinstance(output, tuple) and output else (output,)
+    return _same(first, hidden) and not any(isinstance(other, Tensor) for other in rest)
 
 
 def stack_of(
@@ -236,7 +261,7 @@ def stack_of(
 
 @contextmanager
 def _grafted(anatomy: Anatomy, layer: int, entering: Tensor, z: Tensor) -> Iterator[None]:
-    """Skip the blocks below a layer, and give its output projection other z."""
+    """Skip the blocks below a layer and its attention, and give its output projection other z."""
     place = anatomy.place[layer]
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -247,24 +272,27 @@ def _grafted(anatomy: Anatomy, layer: int, entering: Tensor, z: Tensor) -> Itera
     def replace(_: nn.Module, args: Any) -> Any:
         return (rearrange(z, "b q h d -> b q (h d)"), *args[1:])
 
+    def attend(*_: Any, **__: Any) -> Any:
+        hidden = out(rearrange(z, "b q h d -> b q (h d)"))
+        return hidden if rest is None else (hidden, *rest)
+
+    out, (attention, rest) = anatomy.out[layer], anatomy.attention.get(layer, (None, None))
     with ExitStack() as stack:
         for module, is_tuple in zip(anatomy.stack[:place], anatomy.tuples, strict=False):
-            stack.enter_context(_skipped(module, is_tuple))
+            stack.enter_context(_running(module, _skip_to_tuple if is_tuple else _skip))
         handle = anatomy.stack[place].register_forward_pre_hook(enter, with_kwargs=True)
         stack.callback(handle.remove)
-        stack.callback(anatomy.out[layer].register_forward_pre_hook(replace).remove)
+        if attention is None:
+            stack.callback(out.register_forward_pre_hook(replace).remove)
+        else:
+            stack.enter_context(_running(attention, attend))
         yield
 
 
 @contextmanager
-def _skipped(module: nn.Module, is_tuple: bool) -> Iterator[None]:
-    """A block that hands on what it is given."""
+def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module that runs other code."""
     own = module.__dict__.get("forward")
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = _hidden(args, kwargs)
-        return (hidden,) if is_tuple else hidden
-
     module.__dict__["forward"] = forward
     try:
         yield
@@ -273,6 +301,15 @@ def _skipped(module: nn.Module, is_tuple: bool) -> Iterator[None]:
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = own
+
+
+def _skip(*args: Any, **kwargs: Any) -> Tensor:
+    """A block that hands on what it is given."""
+    return _hidden(args, kwargs)
+
+
+def _skip_to_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+    return (_hidden(args, kwargs),)
 
 
 def _hidden(args: Any, kwargs: Mapping[str, Any]) -> Tensor:

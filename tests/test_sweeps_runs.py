@@ -31,8 +31,9 @@ IDS = [[5, 9, 2, 7, 1, 8, 3], [4, 4, 6, 1, 9, 2, 2]]
 quietly: Any = {"progress": False}
 
 
-def runs_of_one_more(model: Model, **options: Any) -> list[int]:
-    """How often each block runs for a third problem; the first also proves that some can be left.
+def runs_of_one_more(model: Model, part: str = "mlp", **options: Any) -> list[int]:
+    """How often a part of each block runs for a third problem; the first also proves what can be
+    left out.
 
     Its no-op is in the third of the layers (the first of one or two), and the heads of a layer run
     together.
@@ -47,7 +48,7 @@ def runs_of_one_more(model: Model, **options: Any) -> list[int]:
             def count(*_: Any, layer: int = layer, runs: list[int] = runs) -> None:
                 runs[layer] += 1
 
-            handles.append(block.mlp.register_forward_hook(count))
+            handles.append(block.get_submodule(part).register_forward_hook(count))
         sweep(model, problems, **options, **quietly)
         for handle in handles:
             handle.remove()
@@ -71,6 +72,11 @@ def test_blocks_below_an_ablated_layer_never_run_for_its_variants(
     options: Any, cost: list[int]
 ) -> None:
     assert runs_of_one_more(watched("llama"), **options) == cost
+
+
+def test_the_attention_of_an_ablated_layer_never_runs_for_its_variants() -> None:
+    # unchanged + ablated below
+    assert runs_of_one_more(watched("llama"), "self_attn.q_proj") == [1 + 0, 1 + 1, 1 + 2]
 
 
 def test_variants_that_do_not_fit_together_give_the_same_numbers(
