@@ -159,7 +159,8 @@ def test_gradients_of_patterns_are_those_of_an_eager_copy(family: str, tiny: Tin
         loss.backward()
     for (name, got), want in zip(tap.module.named_parameters(), copy.parameters(), strict=True):
         if want.grad is not None:
-            torch.testing.assert_close(got.grad, want.grad, atol=1e-5, rtol=1e-4, msg=name)
+            near = 1e-5 * float(want.grad.abs().max().clamp_min(1))  # rounding of a whole matrix
+            torch.testing.assert_close(got.grad, want.grad, atol=near, rtol=1e-4, msg=name)
 
 
 # ------------------------------------------------------------------------------ what is read
