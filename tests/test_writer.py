@@ -57,6 +57,26 @@ def test_a_failed_problem_keeps_its_reason_and_holds_nothing(path: Path) -> None
         check(ds, some)
 
 
+@pytest.mark.parametrize("sites", [("pattern",), ("pattern", "scores", "z")])
+def test_memory_that_is_used_again_holds_nothing_of_the_shard_before(
+    sites: tuple[str, ...], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "TINY_PROBLEMS", 2)
+    some = [labels(i, n) for i, n in enumerate((6, 6, 2, 3, 1))]
+    with create(path, some, sites=sites) as writer:
+        put(writer, some, (1, 0), *sites)
+        writer.wait()
+        spare = writer._spare["pattern"]
+        put(writer, some, [2], *sites)
+        assert np.shares_memory(writer._arrivals.parts[2].blocks["pattern"], spare)
+        writer.begin(3)
+        for name in sites:
+            writer.put([3], name, result(name, some[3], 9)[None])
+        writer.fail(3, "CUDA out of memory")
+        put(writer, some, [4], *sites)
+    check(store.open(path), some)
+
+
 @pytest.mark.parametrize("some", [TINY, FULL], ids=["tiny", "full"])
 def test_a_failed_problem_is_offered_again_and_what_is_done_is_not(
     path: Path, some: list[Labels]
