@@ -366,11 +366,12 @@ def _hide_triangle(s: Tensor) -> None:
 @lru_cache(maxsize=8)
 def _bounds(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     kind = torch.int32 if dtype == torch.float32 else torch.int64
-    hidden = torch.ones(rows, columns, dtype=torch.bool).triu()
-    minus_inf = torch.tensor(-torch.inf, dtype=dtype).view(kind)
-    least = torch.full((rows, columns), torch.iinfo(kind).min, dtype=kind)
-    most = torch.full((rows, columns), torch.iinfo(kind).max, dtype=kind)
-    return least.masked_fill_(hidden, minus_inf), most.masked_fill_(hidden, minus_inf)
+    with torch.device("cpu"):  # whatever the default is
+        hidden = torch.ones(rows, columns, dtype=torch.bool).triu()
+        minus_inf = torch.tensor(-torch.inf, dtype=dtype).view(kind)
+        least = torch.full((rows, columns), torch.iinfo(kind).min, dtype=kind)
+        most = torch.full((rows, columns), torch.iinfo(kind).max, dtype=kind)
+        return least.masked_fill_(hidden, minus_inf), most.masked_fill_(hidden, minus_inf)
 
 
 def _within(room: Tensor | None, *shape: int) -> Tensor | None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from probe import filling
+from probe import attention, filling
 from probe.attention import AttentionCall
 from probe.filling import fill
 from probe.indexing import Index
@@ -55,6 +55,14 @@ def test_the_future_stays_hidden_whatever_is_there(dtype: torch.dtype) -> None:
     pattern = fill(call, torch.empty(1, 2, 70, 70, dtype=dtype))
     assert pattern[..., 0, 0].tolist() == [[1.0, 1.0]]
     assert not pattern[..., 0, 1:].any()
+
+
+def test_numbers_on_a_cpu_are_read_whatever_the_default_device() -> None:
+    call = call_of(19, 19)
+    attention._bounds.cache_clear()
+    with torch.device("meta"):
+        found = fill(call, torch.empty(2, 4, 19, 19, device="cpu"))
+    close(found, call.pattern())
 
 
 def test_columns_may_be_taken_in_steps() -> None:
