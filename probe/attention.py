@@ -341,7 +341,7 @@ class AttentionCall:
                 keys = slice(rows[0] + 1, bounds(keys, self.n_keys)[1])
                 if not unbroken(queries):
                     ahead.masked_fill_(~self.keep(queries, keys), -torch.inf)
-                elif quick and s.device.type == "cpu":
+                elif quick and s.device.type == "cpu" and type(s) is Tensor:  # none that is fake
                     _hide_triangle(ahead)
                 else:
                     hidden = torch.ones(ahead.shape[2:], dtype=torch.bool, device=s.device)

@@ -30,11 +30,12 @@ def next_token_nll(logits: Tensor, token_ids: Tensor) -> Tensor:
         >>> next_token_nll(torch.zeros(3, 4), torch.tensor([0, 1, 2]))
         tensor([1.3863, 1.3863])
     """
+    targets = token_ids.to(logits.device)[1:]
     rows = max(1, _BLOCK.get(logits.device.type, _GPU_BLOCK) // max(1, logits.shape[-1]))
-    targets = torch.split(token_ids.to(logits.device)[1:], rows)
-    some = zip(torch.split(logits[:-1], rows), targets, strict=True)
-    each = [nn.functional.cross_entropy(wide(x), t, reduction="none") for x, t in some]
-    return torch.cat(each)
+    if logits.requires_grad or len(targets) <= rows:  # autograd keeps all of it anyway
+        return nn.functional.cross_entropy(wide(logits)[:-1], targets, reduction="none")
+    some = zip(torch.split(logits[:-1], rows), torch.split(targets, rows), strict=True)
+    return torch.cat([nn.functional.cross_entropy(wide(x), t, reduction="none") for x, t in some])
 
 
 def logits_of(output: Any) -> Tensor | None:

@@ -177,6 +177,10 @@ class Writer:
                 f"{self._place} holds {_names(self._ledger.data)}, and {name} came. "
                 "Give every array of the store, and no other."
             )
+        if len(values) != len(indices):
+            raise InputError(
+                f"{name} of {len(values)} problems came for {len(indices)}. Give one for each."
+            )
         axes = self._ledger.axes[name]
         first, layers = 0, self._arrivals.all_layers
         if layer is not None:
@@ -331,7 +335,9 @@ class Writer:
         if len(part.arrived) == part.missing:
             self._commit(self._arrivals.parts.pop(part.start))
             if self._ledger.step > 1:  # new memory for every shard costs more than filling it
-                self._line.do(partial(self._spare.update, part.blocks))
+                ours = self._streams.grids  # a store in memory may keep what zarr was given
+                free = {name: block for name, block in part.blocks.items() if ours[name]}
+                self._line.do(partial(self._spare.update, free))
         elif time.monotonic() - self._saved > max(SECONDS, SHARE * self._took):
             self.save()
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from probe import attention, filling
@@ -63,6 +64,15 @@ def test_numbers_on_a_cpu_are_read_whatever_the_default_device() -> None:
     with torch.device("meta"):
         found = fill(call, torch.empty(2, 4, 19, 19, device="cpu"))
     close(found, call.pattern())
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    attention._bounds.cache_clear()
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 19, 4)
+        fill(AttentionCall(query, query, query), torch.empty(1, 2, 19, 19))
+    call = call_of(19, 19)
+    close(fill(call, torch.empty(2, 4, 19, 19)), call.pattern())
 
 
 def test_columns_may_be_taken_in_steps() -> None:

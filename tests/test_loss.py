@@ -35,13 +35,19 @@ def test_nothing_of_nothing() -> None:
     assert next_token_nll(torch.zeros(0, 7), torch.zeros(0, dtype=torch.long)).shape == (0,)
 
 
-def test_gradients_reach_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_those_of_a_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss._BLOCK, "cpu", 14)
     logits = torch.randn(9, 7, dtype=torch.float64, requires_grad=True)
     ids = torch.arange(9) % 7
-    whole = torch.autograd.grad(next_token_nll(logits, ids).sum(), logits)[0]
-    monkeypatch.setitem(loss._BLOCK, "cpu", 14)
-    assert torch.allclose(torch.autograd.grad(next_token_nll(logits, ids).sum(), logits)[0], whole)
+    found = torch.autograd.grad(next_token_nll(logits, ids).sum(), logits)[0]
     known = logits.detach().softmax(-1)
     known[range(8), ids[1:]] -= 1
     known[8] = 0  # nothing comes after the last
-    assert torch.allclose(whole, known)
+    assert torch.allclose(found, known)
+
+
+def test_gradients_of_half_precision_flow_under_autocast() -> None:
+    logits = torch.randn(3, 5, dtype=torch.float16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(next_token_nll(logits, torch.arange(3)).sum(), logits)
+    assert bool(found[:2].any())

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
+from zarr.storage import MemoryStore
 
 from probe import schema, store
 from probe import writer as writer_module
@@ -75,6 +77,33 @@ def test_memory_that_is_used_again_holds_nothing_of_the_shard_before(
         writer.fail(3, "CUDA out of memory")
         put(writer, some, [4], *sites)
     check(store.open(path), some)
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata:zarr.errors.ZarrUserWarning")
+def test_memory_that_zarr_was_given_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "TINY_PROBLEMS", 2)
+    where: Any = MemoryStore()  # keeps a view of what is neither compressed nor in shards
+    create(where, TINY).close()
+    group = zarr.open_group(where, mode="r+")
+    own: Any = group["pattern"]
+    group.create_array(
+        "pattern",
+        shape=own.shape,
+        dtype=own.dtype,
+        chunks=(2, *own.shape[1:]),
+        fill_value=0,
+        compressors=None,
+        dimension_names=own.metadata.dimension_names,
+        attributes=dict(own.attrs),
+        overwrite=True,
+        config={"write_empty_chunks": True},
+    )
+    zarr.consolidate_metadata(where)
+    with store.resume(where, config=CONFIG) as writer:
+        for i in range(len(TINY)):
+            put(writer, TINY, [i])
+            writer.wait()
+    check(store.open(where), TINY)
 
 
 @pytest.mark.parametrize("some", [TINY, FULL], ids=["tiny", "full"])
@@ -208,6 +237,9 @@ def test_results_that_do_not_fit_are_refused(path: Path) -> None:
         ):
             with pytest.raises(InputError, match=says(message)):
                 writer.append([index], arrays)
+        message = "scores of 1 problems came for 2. Give one for each."
+        with pytest.raises(InputError, match=says(message)):
+            writer.put([1, 4], "scores", good[None])
         put(writer, FULL, [1], "scores")
         message = f"problem 'gsm8k/1' of {path} is there already. Write only what pending() lists."
         with pytest.raises(InputError, match=says(message)):
