@@ -7,16 +7,16 @@ rest, at the price of its MLP and the blocks above.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from probe.anatomy import Anatomy, Unfit, hidden_of, look
 from probe.attention import AttentionCall
 from probe.interventions import Edit, Intervention
 from probe.model import Model
@@ -44,26 +44,6 @@ class Trunk:
     entering: Mapping[int, Tensor]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Anatomy:
-    """Where a model's blocks can be left out.
-
-    Attributes:
-        stack: All blocks, in the order in which they run.
-        place: Where each layer's block is in the stack.
-        out: The module of each layer that is given z.
-        tuples: Whether a block returns a tuple, its hidden states first.
-        attention: The attention module of each layer that hands on what `out` returns, and what
-            else it returns, if that is a tuple: it need not run where z is given.
-    """
-
-    stack: Sequence[nn.Module]
-    place: Mapping[int, int]
-    out: Mapping[int, nn.Module]
-    tuples: Sequence[bool]
-    attention: Mapping[int, tuple[nn.Module, tuple[Any, ...] | None]]
-
-
 def grow(model: Model, item: Item, anatomy: Anatomy | None) -> Trunk:
     """Run one problem, and keep what branches need.
 
@@ -78,7 +58,7 @@ def grow(model: Model, item: Item, anatomy: Anatomy | None) -> Trunk:
     z: dict[int, Tensor] = {}
     entering: dict[int, Tensor] = {}
 
-    def look(value: Tensor, call: AttentionCall) -> None:
+    def see(value: Tensor, call: AttentionCall) -> None:
         z[call.layer] = value
 
     with ExitStack() as stack:
@@ -86,11 +66,11 @@ def grow(model: Model, item: Item, anatomy: Anatomy | None) -> Trunk:
             module = anatomy.stack[n]  # type: ignore[union-attr]
 
             def keep(_: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-                entering[layer] = _hidden(args, kwargs).clone()  # blocks may add in place
+                entering[layer] = hidden_of(args, kwargs).clone()  # blocks may add in place
 
             handle = module.register_forward_pre_hook(keep, with_kwargs=True)
             stack.callback(handle.remove)
-        found = logits(model, [item], Edit(site="z", function=look))
+        found = logits(model, [item], Edit(site="z", function=see))
     return Trunk(item, found, z, entering)
 
 
@@ -146,7 +126,7 @@ def dissect(model: Model, item: Item) -> Anatomy | None:
         whole model.
     """
     try:
-        anatomy = _look(model, item)
+        anatomy = look(model, item)
         trunk = grow(model, item, anatomy)
         for layer in anatomy.place:
             _prove(model, trunk, anatomy, layer)
@@ -154,10 +134,6 @@ def dissect(model: Model, item: Item) -> Anatomy | None:
         log.warning("%s runs whole for every variant: %s", model.name, reason)
         return None
     return anatomy
-
-
-class Unfit(Exception):
-    """Why blocks cannot be skipped."""
 
 
 def _prove(model: Model, trunk: Trunk, anatomy: Anatomy, layer: int) -> None:
@@ -182,83 +158,6 @@ def _prove(model: Model, trunk: Trunk, anatomy: Anatomy, layer: int) -> None:
         raise Unfit(f"from layer {layer} on, two variants in a batch gave other logits than alone")
 
 
-def _look(model: Model, item: Item) -> Anatomy:
-    attention = {layer: model.tap.layers[layer]._module for layer in model.layers}
-    stack, place = stack_of(model.module, attention)
-    passed: dict[nn.Module, tuple[Tensor, Any]] = {}
-    given: dict[int, nn.Module] = {}
-    more: dict[int, bool] = {}  # whether it is given more than that
-    gave: dict[nn.Module, Any] = {}
-    z: dict[int, Tensor] = {}
-
-    def block(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if module in passed:
-            raise Unfit("a block runs more than once in a forward")
-        passed[module] = _hidden(args, kwargs), output
-
-    def look(value: Tensor, call: AttentionCall) -> None:
-        z[call.layer] = rearrange(value, "b q h d -> b q (h d)")
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        if module in (*given.values(), *attention.values()):
-            gave[module] = output
-
-    with ExitStack() as hooks:
-        for module in stack:
-            handle = module.register_forward_hook(block, with_kwargs=True)
-            hooks.callback(handle.remove)
-        for layer, module in attention.items():
-            for part in module.modules():
-                hooks.callback(part.register_forward_hook(keep).remove)
-
-                def inner(part: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-                    fresh = layer in z and layer not in given  # what is inside it is given z by it
-                    if fresh and args and _same(args[0], z[layer]):
-                        given[layer] = part
-                        more[layer] = bool(args[1:] or kwargs)
-
-                if part is not module:
-                    handle = part.register_forward_pre_hook(inner, with_kwargs=True)
-                    hooks.callback(handle.remove)
-        logits(model, [item], Edit(site="z", function=look))
-    if missing := [layer for layer in attention if layer not in given]:
-        raise Unfit(f"no module of layer {missing[0]} is given z as it is")
-    if any(module not in passed for module in stack):
-        raise Unfit("not all blocks ran")
-    results = [passed[module][1] for module in stack]
-    for before, after in pairwise(stack):
-        if not _same(_first(passed[before][1]), passed[after][0]):
-            raise Unfit("what goes into a block is not what the block before it returned")
-    tuples = [isinstance(r, tuple) for r in results]
-    alone = {
-        layer: (module, gave[module][1:] if isinstance(gave[module], tuple) else None)
-        for layer, module in attention.items()
-        if not more[layer] and _hands_on(gave.get(module), gave.get(given[layer]))
-    }
-    return Anatomy(stack, place, given, tuples, alone)
-
-
-def _hands_on(output: Any, hidden: Any) -> bool:
-    """Whether a module returns nothing but some hidden states."""
-    first, *rest = output if isinstance(output, tuple) and output else (output,)
-    return _same(first, hidden) and not any(isinstance(other, Tensor) for other in rest)
-
-
-def stack_of(
-    module: nn.Module, attention: Mapping[int, nn.Module]
-) -> tuple[list[nn.Module], dict[int, int]]:
-    """The list of blocks that holds all attention modules, and the place of each layer in it."""
-    for candidate in module.modules():
-        if isinstance(candidate, nn.ModuleList):
-            parts = [set(block.modules()) for block in candidate]
-            place = {
-                layer: n for layer, m in attention.items() for n, p in enumerate(parts) if m in p
-            }
-            if len(place) == len(attention) == len(set(place.values())):
-                return list(candidate), place
-    raise Unfit("its layers are not blocks of one list")
-
-
 @contextmanager
 def _grafted(anatomy: Anatomy, layer: int, entering: Tensor, z: Tensor) -> Iterator[None]:
     """Skip the blocks below a layer and its attention, and give its output projection other z."""
@@ -270,12 +169,12 @@ def _grafted(anatomy: Anatomy, layer: int, entering: Tensor, z: Tensor) -> Itera
         return (entering.clone(), *args[1:]), kwargs
 
     def replace(_: nn.Module, args: Any) -> Any:
-        return (rearrange(z, "b q h d -> b q (h d)"), *args[1:])
+        return (given, *args[1:])
 
     def attend(*_: Any, **__: Any) -> Any:
-        hidden = out(rearrange(z, "b q h d -> b q (h d)"))
-        return hidden if rest is None else (hidden, *rest)
+        return out(given) if rest is None else (out(given), *rest)
 
+    given = rearrange(z, "b q h d -> b q (h d)")
     out, (attention, rest) = anatomy.out[layer], anatomy.attention.get(layer, (None, None))
     with ExitStack() as stack:
         for module, is_tuple in zip(anatomy.stack[:place], anatomy.tuples, strict=False):
@@ -305,32 +204,8 @@ def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 def _skip(*args: Any, **kwargs: Any) -> Tensor:
     """A block that hands on what it is given."""
-    return _hidden(args, kwargs)
+    return hidden_of(args, kwargs)
 
 
 def _skip_to_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor]:
-    return (_hidden(args, kwargs),)
-
-
-def _hidden(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
-    hidden = kwargs.get("hidden_states", args[0] if args else None)
-    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
-        raise Unfit("a block is not given hidden states (batch, position, width)")
-    return hidden
-
-
-def _first(output: Any) -> Any:
-    """The hidden states that a block returned; other tensors beside them would be lost."""
-    if not isinstance(output, tuple):
-        return output
-    if any(isinstance(other, Tensor) for other in output[1:]):
-        raise Unfit("a block returns more than its hidden states")
-    return output[0] if output else None
-
-
-def _same(some: Any, other: Any) -> bool:
-    return (
-        isinstance(some, Tensor)
-        and isinstance(other, Tensor)
-        and (some is other or (some.shape == other.shape and torch.equal(some, other)))
-    )
+    return (hidden_of(args, kwargs),)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from probe import selection
-from probe.branching import Unfit, stack_of
+from probe.anatomy import Unfit, stack_of
 from probe.errors import InputError, UnsupportedModelError
 from probe.model import Model
 from probe.selection import Selector

@@ -336,7 +336,9 @@ class Writer:
             self._commit(self._arrivals.parts.pop(part.start))
             if self._ledger.step > 1:  # new memory for every shard costs more than filling it
                 ours = self._streams.grids  # a store in memory may keep what zarr was given
-                free = {name: block for name, block in part.blocks.items() if ours[name]}
+                free = {
+                    name: block for name, block in part.blocks.items() if ours[name] is not None
+                }
                 self._line.do(partial(self._spare.update, free))
         elif time.monotonic() - self._saved > max(SECONDS, SHARE * self._took):
             self.save()

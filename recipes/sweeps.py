@@ -15,7 +15,8 @@ import xarray as xr
 from torch import Tensor
 
 from probe import selection
-from probe.branching import Anatomy, Trunk, alone, branch, dissect, grow
+from probe.anatomy import Anatomy
+from probe.branching import Trunk, alone, branch, dissect, grow
 from probe.describing import described
 from probe.errors import InputError
 from probe.interventions import lasting
