@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 
 from probe import schema
 from probe.errors import InputError
@@ -74,6 +74,8 @@ def make_arrays(
         shard: tuple[int, ...] | None = None,
         level: int = 1,
     ) -> None:
+        turn = shard is not None and layout.problems > 1 and len(spec.dims) > 1
+        turn = turn and spec.dtype != "string"  # zarr 3.1 mixes up texts that are turned
         coded = shard is not None and spec.dtype.startswith("uint")
         group.create_array(
             name,
@@ -82,6 +84,7 @@ def make_arrays(
             chunks=tuple(chunk),
             shards=shard,
             fill_value=spec.fill,
+            filters=[TransposeCodec(order=schema.problem_last(len(chunk)))] if turn else (),
             compressors=[ZstdCodec(level=level, checksum=False), Crc32cCodec()],
             dimension_names=spec.dims,
             attributes={"code": _CODE.format(np.iinfo(spec.dtype).max)} if coded else {},
@@ -89,7 +92,7 @@ def make_arrays(
         )
 
     for name, spec in arrays.items():
-        make(name, spec, layout.chunks[name], layout.shards[name], layout.level)
+        make(name, spec, layout.chunks[name], layout.shards[name], schema.LEVEL)
     for name, spec in schema.COLUMNS.items():
         if name == "problem":  # read at every opening, never rewritten: one chunk
             make(name, spec, [sizes["problem"]])

@@ -30,7 +30,6 @@ TINY_PROBLEMS: Final = 512  # tiny problems in a shard, at most
 TINY_BYTES: Final = 64 * 2**20  # and at most so many raw bytes
 SHARD_BYTES: Final = 2 * 2**30  # raw bytes of any shard, at most
 TILE: Final = 256  # rows and columns of an inner chunk of a full matrix
-TINY_LEVEL: Final = 1  # of zstd: tiny matrices hold no empty tiles, so what is small counts
 LEVEL: Final = -7  # 28 % more bytes than level 1, and written three times as fast
 HEADS: Final = 8  # heads in an inner chunk, at most
 BLOCKS: Final = 64  # chunks of a label array, about: few enough to open in milliseconds
@@ -132,14 +131,12 @@ class Layout:
         block: Problems in a chunk of every label array; a multiple of `problems`.
         chunks: Shape of the inner chunks of each array: what a read decodes.
         shards: Shape of the shards of each array: one file each.
-        level: Of zstd, for the inner chunks.
     """
 
     problems: int
     block: int
     chunks: Mapping[str, tuple[int, ...]]
     shards: Mapping[str, tuple[int, ...]]
-    level: int
 
 
 def site(name: str, *, dtype: str) -> Array:
@@ -234,7 +231,19 @@ def layout(arrays: Mapping[str, Array], *, sizes: Mapping[str, int], parts: int 
     shards = {name: _shard(array, sizes, chunks[name]) for name, array in arrays.items()}
     block = min(n, max(BLOCKS, n / BLOCKS, LABELS // sizes["key"]))
     block = problems * ceil((block if parts == 1 else min(block, n / parts)) / problems)
-    return Layout(problems, block, chunks, shards, TINY_LEVEL if tiny else LEVEL)
+    return Layout(problems, block, chunks, shards)
+
+
+def problem_last(ndim: int) -> tuple[int, ...]:
+    """Order of the dims in a tile that several problems share, as the codec `transpose` is told.
+
+    What no row may look at is then one run of zeros, which zstd's fastest levels leave out.
+
+    Example:
+        >>> problem_last(5)
+        (1, 2, 3, 4, 0)
+    """
+    return (*range(1, ndim), 0)
 
 
 def cuts(dims: Sequence[object], chunk: Sequence[int], shard: Sequence[int]) -> str:

@@ -145,12 +145,9 @@ class Writer:
             StoreError: The disk is full, or cannot be written.
         """
         part = self._part(index)
-        came = part.came.pop(index, {})
+        part.came.pop(index, None)
         self._arrivals.unlabel(part, index)
-        if self._ledger.step > 1:
-            for name in came:
-                part.blocks[name][index - part.start] = self._ledger.arrays[name].fill_value
-        else:
+        if self._ledger.step == 1:
             part.blocks.clear()
             self._streams.abandon(part)
         if labels is not None:
@@ -192,6 +189,7 @@ class Writer:
             for index in which:
                 part = self._part(index)  # of all of them
             self._arrivals.require_fit(which, name, own, layer)
+            new = [index for index in which if name not in part.came.get(index, {})]
             for index in which:
                 came = part.came.setdefault(index, {})
                 came[name] = came.get(name, 0) | layers
@@ -205,6 +203,8 @@ class Writer:
             if which == tuple(range(which[0], which[-1] + 1)):
                 rows = slice(rows[0], rows[-1] + 1)  # many times as fast
             block = self._block(part, name)
+            if own.shape[1:] != block.shape[1:]:
+                self._blank(part, name, new)
             same = own.dtype.kind in "OT" or own.dtype == block.dtype
             block[(rows, *extent)] = own if same else cast(own, block.dtype)
 
@@ -244,10 +244,9 @@ class Writer:
         """
         self.begin(index)
         part = self._part(index)
-        if self._ledger.step > 1:  # what was put before it failed must not be taken for a result
+        if self._ledger.step > 1:  # what an earlier run put of it must not be taken for a result
             for name in self._ledger.data:
-                block = self._block(part, name)
-                block[index - part.start] = self._ledger.arrays[name].fill_value
+                self._block(part, name)
         part.arrived[index] = (FAILED, np.nan, reason)
         self._commit_if_due(part)
 
@@ -313,7 +312,10 @@ class Writer:
         return self._arrivals.part(index)
 
     def _block(self, part: Part, name: str) -> Array:
-        """A part's cells of one array, with what earlier runs finished of it: it is kept whole."""
+        """A part's cells of one array, with what earlier runs finished of it: it is kept whole.
+
+        The others hold anything until they come, or are made blank.
+        """
         if name not in part.blocks:
             array, ledger = self._ledger.arrays[name], self._ledger
             # one problem needs only its own rows and columns; several share whole matrices
@@ -322,13 +324,17 @@ class Writer:
             block = self._spare.pop(name, None)
             if block is None or block.shape != shape:
                 block = np.empty(shape, array.dtype)
-            block[...] = array.fill_value
             if self._arrivals.taken[part.start : part.stop].any():
                 self.wait()
                 done = ledger.status[part.start : part.stop] == DONE
                 block[done] = np.asarray(array[part.start : part.stop])[done]
             part.blocks[name] = block
         return part.blocks[name]
+
+    def _blank(self, part: Part, name: str, indices: Sequence[int]) -> None:
+        """Leave nothing in the cells of some problems."""
+        rows = [index - part.start for index in indices]
+        part.blocks[name][rows] = self._ledger.arrays[name].fill_value
 
     def _commit_if_due(self, part: Part) -> None:
         """Commit a part that is complete; and from time to time all that is in hand."""
@@ -347,6 +353,9 @@ class Writer:
         """Have what has come of a part kept, after all that is on its way."""
         whole: dict[str, Array] = {}  # what zarr writes by itself
         for name, block in part.blocks.items():
+            here = range(part.start, part.stop)
+            never = [i for i in here if name not in part.came.get(i, {})]
+            self._blank(part, name, [i for i in never if not self._arrivals.taken[i]])
             if self._streams.grids[name] is None:
                 whole[name] = block
             elif block.size:

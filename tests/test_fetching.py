@@ -20,19 +20,25 @@ from zarr.codecs import (
 
 from probe import opening, store
 from probe.fetching import fetch
+from probe.schema import problem_last
 from probe.sharding import Grid, grid, index
 from tests.stores import FULL, TINY, fill
 
 SHAPE, SHARD, TILE = (5, 7, 11), (2, 8, 6), (1, 4, 3)
 CODECS: dict[str, Any] = {
-    "crc": [ZstdCodec(level=-3), Crc32cCodec()],
-    "zstd": [ZstdCodec(level=1, checksum=True)],
+    "crc": {"compressors": [ZstdCodec(level=-3), Crc32cCodec()]},
+    "zstd": {"compressors": [ZstdCodec(level=1, checksum=True)]},
+    "problem last": {
+        "chunks": (2, 4, 3),
+        "filters": [TransposeCodec(order=problem_last(3))],
+        "compressors": [ZstdCodec(level=-7), Crc32cCodec()],
+    },
 }
 
 Array = npt.NDArray[Any]
 
 
-@pytest.fixture(scope="module", params=["crc", "zstd"])
+@pytest.fixture(scope="module", params=list(CODECS))
 def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Grid, Array]:
@@ -45,10 +51,9 @@ def made(
         name="x",
         shape=SHAPE,
         shards=SHARD,
-        chunks=TILE,
         dtype="float16",
-        compressors=CODECS[request.param],
         fill_value=-np.inf,
+        **{"chunks": TILE} | CODECS[request.param],
     )
     array[...] = values
     own = grid("x", array)
@@ -101,7 +106,7 @@ OTHERWISE: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("how", OTHERWISE)
 def test_what_somebody_wrote_otherwise_is_left_to_zarr_python(how: dict[str, Any]) -> None:
-    options: Any = {"shards": (1, 2, 4, 6, 6), "compressors": CODECS["crc"]} | how
+    options: Any = {"shards": (1, 2, 4, 6, 6), "compressors": CODECS["crc"]["compressors"]} | how
     array = zarr.create_array(
         {}, shape=(3, 2, 4, 6, 6), chunks=(1, 1, 2, 6, 6), dtype="float16", **options
     )

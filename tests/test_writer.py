@@ -1,11 +1,14 @@
 import errno
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 from probe import schema, store
@@ -77,6 +80,43 @@ def test_memory_that_is_used_again_holds_nothing_of_the_shard_before(
         writer.fail(3, "CUDA out of memory")
         put(writer, some, [4], *sites)
     check(store.open(path), some)
+
+
+@settings(max_examples=25)
+@given(
+    order=st.permutations(range(5)),
+    acts=st.lists(st.sampled_from(["whole", "layers", "half", "fail", "again"]), min_size=5),
+    saves=st.sets(st.integers(0, 4)),
+)
+def test_what_never_came_holds_nothing_whatever_was_in_its_memory(
+    order: list[int], acts: list[str], saves: set[int]
+) -> None:
+    fake: Any = SimpleNamespace(**vars(np))
+    fake.empty = lambda shape, dtype: np.full(shape, 7, dtype)
+    kept: Any = MemoryStore()
+    with pytest.MonkeyPatch.context() as patch, create(kept, TINY) as writer:
+        patch.setattr(writer_module, "np", fake)
+        for i in order:
+            values = result("pattern", TINY[i], i)[None]
+            if acts[i] == "again":
+                writer.begin(i)
+                writer.put([i], "pattern", values)
+            if i in saves:
+                writer.save()
+            writer.begin(i)
+            for layer in {"layers": range(2), "half": [1]}.get(acts[i], []):
+                writer.put([i], "pattern", values[:, layer], layer)
+            if acts[i] == "fail":
+                writer.fail(i, "CUDA out of memory")
+            elif acts[i] != "half":
+                if acts[i] != "layers":
+                    writer.put([i], "pattern", values)
+                writer.done(i, i / 2)
+    ds = store.open(kept)
+    assert len(ds["problem"]) == sum(act != "half" for act in acts[:5])
+    check(ds, TINY)
+    raw: Any = zarr.open_group(kept, mode="r")["pattern"]
+    assert not any(raw[i].any() for i in range(5) if acts[i] == "fail")
 
 
 @pytest.mark.filterwarnings("ignore:Consolidated metadata:zarr.errors.ZarrUserWarning")
