@@ -73,7 +73,8 @@ def flow(p: T) -> T:
 
 def _flow(m: Matrices) -> Any:
     earlier = _total(m, m.xp.tril(m.p, k=-1))
-    return m.ratio(earlier, _total(m, m.xp.tril(m.p)))
+    own = m.xp.sum(m.xp.linalg.diagonal(m.p), axis=-1)
+    return m.ratio(earlier, earlier + own)
 
 
 def _total(m: Matrices, values: Any) -> Any:

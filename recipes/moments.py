@@ -47,15 +47,17 @@ class Moments:
 
     def merge(self, other: "Moments") -> "Moments":
         """Those of all values of both."""
-        one, two = xr.align(self.count, other.count, join="outer", fill_value=0)
-        count = one + two
-        means = xr.align(self.mean, other.mean, join="outer", fill_value=0.0)
-        squares = xr.align(self.squares, other.squares, join="outer", fill_value=0.0)
-        first, second = (m.fillna(0.0) for m in means)
-        step, share = second - first, two / count.where(count > 0)
-        mean = first + step * share
-        spread = squares[0].fillna(0.0) + squares[1].fillna(0.0) + step**2 * one * share
-        return Moments(count, mean, spread.where(count > 0))
+        fields = xr.align(*self._fields(), *other._fields(), join="outer")
+        found = {
+            name: _both(*(field.variables[name] for field in fields))
+            for name in fields[0].data_vars
+            if name in fields[3]
+        }
+        shape = xr.Dataset(coords=fields[0].coords)
+        return Moments(*(shape.assign({n: one[k] for n, one in found.items()}) for k in range(3)))
+
+    def _fields(self) -> tuple[xr.Dataset, xr.Dataset, xr.Dataset]:
+        return self.count, self.mean, self.squares
 
     def variance(self, ddof: int = 0) -> xr.Dataset:
         """Variance; NaN where there are not more than `ddof` values."""
@@ -65,6 +67,17 @@ class Moments:
     def std(self, ddof: int = 0) -> xr.Dataset:
         """Its root."""
         return self.variance(ddof) ** 0.5
+
+
+def _both(*fields: xr.Variable) -> list[xr.Variable]:
+    """Count, mean and squares of some values and of some more, each 0 or NaN where there are none."""
+    dims = fields[0].dims
+    values = [one.transpose(*dims).values for one in fields]
+    one, mean, squares, two, other, others = (np.where(np.isnan(x), 0.0, x) for x in values)
+    count, step = one + two, other - mean
+    share = two / np.where(count > 0, count, np.nan)
+    spread = np.where(count > 0, squares + others + step**2 * one * share, np.nan)
+    return [xr.Variable(dims, x) for x in (count.astype("int64"), mean + step * share, spread)]
 
 
 def moments(values: xr.Dataset, dim: str = "problem") -> Moments:
