@@ -200,7 +200,8 @@ def decoded(codes: NDArray[Any]) -> NDArray[np.float32]:
 def layout(arrays: Mapping[str, Array], *, sizes: Mapping[str, int], parts: int = 1) -> Layout:
     """Chunk and shard shapes for arrays over these dims.
 
-    Tiny matrices (query x key of at most 4096 numbers) share a shard, up to 512 problems or 64 MiB;
+    Tiny matrices (query x key of at most 4096 numbers) share a shard, up to 512 problems or 64 MiB,
+    and their numbers lie problem last (`problem_last`);
     otherwise a shard is one problem, cut into tiles of 8 heads x 256 x 256. Shards stay below
     2 GiB raw: first the layers are split, then the rows.
 

@@ -70,7 +70,7 @@ class Moments:
 
 
 def _both(*fields: xr.Variable) -> list[xr.Variable]:
-    """Count, mean and squares of some values and of some more, each 0 or NaN where there are none."""
+    """Count, mean and squares of some values and of some more; NaN where there are none."""
     dims = fields[0].dims
     values = [one.transpose(*dims).values for one in fields]
     one, mean, squares, two, other, others = (np.where(np.isnan(x), 0.0, x) for x in values)
