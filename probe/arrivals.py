@@ -83,7 +83,9 @@ class Arrivals:
         count = ledger.sizes["layer"]
         if layer is not None and not 0 <= layer < count:
             raise InputError(f"layer={layer}: the store has {count}, 0 to {count - 1}.")
-        for index in indices:
+        some = list(indices)[::-1]
+        extents = zip(ledger.rows[some].tolist(), ledger.columns[some].tolist(), strict=True)
+        for index in dict(zip(extents, some, strict=True)).values():  # the first of each extent
             expected = ledger.shape(name, index)
             if layer is not None:
                 pairs = zip(axes, expected, strict=True)

@@ -29,7 +29,8 @@ class Part:
 
     start: int
     stop: int
-    blocks: dict[str, Array] = field(default_factory=dict)  # what is gathered in memory
+    piles: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)  # cells, what they hold
+    blocks: dict[str, Array] = field(default_factory=dict)  # what zarr writes by itself
     shards: dict[tuple[str, tuple[int, ...]], Shard] = field(default_factory=dict)  # on their way
     came: dict[int, dict[str, int]] = field(default_factory=dict)  # a bit for each layer
     labels: dict[int, Labels] = field(default_factory=dict)

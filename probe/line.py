@@ -37,6 +37,11 @@ class Line:
         self._require_well()
         self._queue.put((self._pool.submit(what, *args), then))
 
+    def early(self, what: Callable[[], None]) -> Future[None]:
+        """Do something at once, before what `after` is given later."""
+        self._require_well()
+        return self._pool.submit(what)
+
     def do(self, what: Callable[[], None]) -> None:
         """Do something after all that came before."""
         self._require_well()

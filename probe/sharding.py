@@ -9,6 +9,7 @@ thirtieth of encoding; zstd's own checksum, which earlier stores have, takes a q
 
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import product
 from math import ceil, prod
@@ -261,6 +262,7 @@ class Shard:
     def __init__(self, place: Place, grid: Grid, at: Sequence[int]) -> None:
         self.key = grid.key(at)
         self._place, self.grid = place, grid
+        self.ready: Future[Any] | None = None  # when the cells that were put are there
         self._waiting: list[tuple[int, Array]] = []
         self._bytes = 0
         self._index = np.full((prod(grid.tiles), 2), ABSENT, "<u8")

@@ -1,6 +1,7 @@
 """Shards on their way: cut into tiles, encoded by threads, and appended to their files in order."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -35,14 +36,22 @@ class Streams:
             return False
         return all(n == 1 for n, dim in zip(grid.tile, axes, strict=True) if dim in _STREAMED)
 
-    def send(self, part: Part, name: str, corner: Sequence[int], block: Array) -> None:
-        """Have a block's tiles encoded and written."""
+    def send(
+        self,
+        part: Part,
+        name: str,
+        corner: Sequence[int],
+        block: Array,
+        ready: Future[Any] | None = None,
+    ) -> None:
+        """Have a block's tiles encoded and written, once it is ready."""
         own = self.grids[name]
         assert own is not None
         for at, number, view in cut(own, corner, block):
             shard = part.shards.get((name, at)) or self._shard(part, own, at)
+            shard.ready = ready
             if job := shard.put(number, view):
-                self._line.after(partial(self._write, shard), encode, own, job)
+                self._line.after(partial(self._write, shard), _encode, shard, job)
 
     def _shard(self, part: Part, own: Grid, at: tuple[int, ...]) -> Shard:
         shard = part.shards[own.name, at] = Shard(self._ledger.place, own, at)
@@ -59,7 +68,7 @@ class Streams:
         self._complete(part)
         for shard in part.shards.values():
             if job := shard.rest():
-                self._line.after(partial(self._write, shard), encode, shard.grid, job)
+                self._line.after(partial(self._write, shard), _encode, shard, job)
 
     def settle(self, part: Part) -> None:
         """Let go of shards that are kept."""
@@ -90,3 +99,9 @@ class Streams:
     def _abandon(self, shard: Shard) -> None:
         shard.abandon()
         self._open.discard(shard)
+
+
+def _encode(shard: Shard, job: Sequence[tuple[int, Array]]) -> Encoded:
+    if shard.ready is not None:
+        shard.ready.result()
+    return encode(shard.grid, job)

@@ -145,10 +145,14 @@ class Writer:
             StoreError: The disk is full, or cannot be written.
         """
         part = self._part(index)
-        part.came.pop(index, None)
+        came = part.came.pop(index, {})
         self._arrivals.unlabel(part, index)
-        if self._ledger.step == 1:
-            part.blocks.clear()
+        if self._ledger.step > 1:
+            for name in came:
+                blank = self._ledger.arrays[name].fill_value
+                part.piles[name].append(((index - part.start,), blank))
+        else:
+            part.piles.clear()
             self._streams.abandon(part)
         if labels is not None:
             self._arrivals.relabel(part, index, labels)
@@ -189,24 +193,14 @@ class Writer:
             for index in which:
                 part = self._part(index)  # of all of them
             self._arrivals.require_fit(which, name, own, layer)
-            new = [index for index in which if name not in part.came.get(index, {})]
-            for index in which:
-                came = part.came.setdefault(index, {})
-                came[name] = came.get(name, 0) | layers
             corner = [first if dim == "layer" else 0 for dim in axes[1:]]
             if self._streams.takes(name):
                 self._streams.send(part, name, [part.start, *corner], own)
-                continue
-            pairs = zip(corner, own.shape[1:], strict=True)
-            extent: Any = [slice(at, at + n) for at, n in pairs]
-            rows: Any = np.array(which) - part.start
-            if which == tuple(range(which[0], which[-1] + 1)):
-                rows = slice(rows[0], rows[-1] + 1)  # many times as fast
-            block = self._block(part, name)
-            if own.shape[1:] != block.shape[1:]:
-                self._blank(part, name, new)
-            same = own.dtype.kind in "OT" or own.dtype == block.dtype
-            block[(rows, *extent)] = own if same else cast(own, block.dtype)
+            else:
+                self._gather(part, name, which, corner, own)
+            for index in which:
+                came = part.came.setdefault(index, {})
+                came[name] = came.get(name, 0) | layers
 
     def done(self, index: int, loss: float = np.nan) -> None:
         """Say that all of a problem has been put.
@@ -246,7 +240,7 @@ class Writer:
         part = self._part(index)
         if self._ledger.step > 1:  # what an earlier run put of it must not be taken for a result
             for name in self._ledger.data:
-                self._block(part, name)
+                self._pile(part, name)
         part.arrived[index] = (FAILED, np.nan, reason)
         self._commit_if_due(part)
 
@@ -311,63 +305,83 @@ class Writer:
             raise InputError(f"the writer of {self._place} is closed. Open another with resume.")
         return self._arrivals.part(index)
 
-    def _block(self, part: Part, name: str) -> Array:
-        """A part's cells of one array, with what earlier runs finished of it: it is kept whole.
+    def _gather(
+        self, part: Part, name: str, indices: Sequence[int], corner: Sequence[int], values: Array
+    ) -> None:
+        """Hold on to cells of some problems until their shard is committed."""
+        dtype = self._ledger.arrays[name].dtype
+        if values.dtype.kind not in "OT" and values.dtype != dtype:
+            values = cast(values, dtype)
+        elif not values.flags.c_contiguous:  # a view may keep much more in memory
+            values = values.copy()
+        rows: Any = np.array(indices) - part.start
+        if (np.diff(rows) == 1).all():
+            rows = slice(rows[0], rows[-1] + 1)  # many times as fast
+        extent = [slice(at, at + n) for at, n in zip(corner, values.shape[1:], strict=True)]
+        self._pile(part, name).append(((rows, *extent), values))
 
-        The others hold anything until they come, or are made blank.
-        """
-        if name not in part.blocks:
-            array, ledger = self._ledger.arrays[name], self._ledger
-            # one problem needs only its own rows and columns; several share whole matrices
-            shape = ledger.shape(name, part.start) if ledger.step == 1 else array.shape[1:]
-            shape = (part.stop - part.start, *shape)
-            block = self._spare.pop(name, None)
-            if block is None or block.shape != shape:
-                block = np.empty(shape, array.dtype)
+    def _pile(self, part: Part, name: str) -> list[tuple[Any, Any]]:
+        """What has come of one array for a part, first of all what earlier runs finished of it."""
+        if name not in part.piles:
+            pile = []
             if self._arrivals.taken[part.start : part.stop].any():
                 self.wait()
-                done = ledger.status[part.start : part.stop] == DONE
-                block[done] = np.asarray(array[part.start : part.stop])[done]
-            part.blocks[name] = block
-        return part.blocks[name]
+                done = self._ledger.status[part.start : part.stop] == DONE
+                there = np.asarray(self._ledger.arrays[name][part.start : part.stop])
+                pile.append(((done,), there[done]))
+            part.piles[name] = pile
+        return part.piles[name]
 
-    def _blank(self, part: Part, name: str, indices: Sequence[int]) -> None:
-        """Leave nothing in the cells of some problems."""
-        rows = [index - part.start for index in indices]
-        part.blocks[name][rows] = self._ledger.arrays[name].fill_value
+    def _block(self, part: Part, name: str) -> Array:
+        """Memory for a part's cells of one array: it is kept whole."""
+        array, ledger = self._ledger.arrays[name], self._ledger
+        # one problem needs only its own rows and columns; several share whole matrices
+        shape = ledger.shape(name, part.start) if ledger.step == 1 else array.shape[1:]
+        shape = (part.stop - part.start, *shape)
+        block = self._spare.pop(name, None)
+        if block is None or block.shape != shape:
+            block = np.empty(shape, array.dtype)
+        return block
 
     def _commit_if_due(self, part: Part) -> None:
         """Commit a part that is complete; and from time to time all that is in hand."""
         if len(part.arrived) == part.missing:
             self._commit(self._arrivals.parts.pop(part.start))
-            if self._ledger.step > 1:  # new memory for every shard costs more than filling it
-                ours = self._streams.grids  # a store in memory may keep what zarr was given
-                free = {
-                    name: block for name, block in part.blocks.items() if ours[name] is not None
-                }
-                self._line.do(partial(self._spare.update, free))
         elif time.monotonic() - self._saved > max(SECONDS, SHARE * self._took):
             self.save()
 
     def _commit(self, part: Part) -> None:
         """Have what has come of a part kept, after all that is on its way."""
         whole: dict[str, Array] = {}  # what zarr writes by itself
-        for name, block in part.blocks.items():
-            here = range(part.start, part.stop)
-            never = [i for i in here if name not in part.came.get(i, {})]
-            self._blank(part, name, [i for i in never if not self._arrivals.taken[i]])
+        spare: dict[str, Array] = {}
+        unfinished = ~self._arrivals.taken[part.start : part.stop]
+        for name, pile in part.piles.items():
+            block, blank = self._block(part, name), self._ledger.arrays[name].fill_value
+            lay = partial(_lay, block, [((...,), blank), *pile, ((unfinished,), blank)])
             if self._streams.grids[name] is None:
+                lay()
                 whole[name] = block
             elif block.size:
-                self._streams.send(part, name, [part.start, *[0] * (block.ndim - 1)], block)
+                ready = self._line.early(lay)
+                corner = [part.start, *[0] * (block.ndim - 1)]
+                self._streams.send(part, name, corner, block, ready)
+                spare[name] = block
         self._streams.finish(part)
         now = replace(part, blocks=whole, labels={**part.labels}, arrived={**part.arrived})
         part.shards = {}
         self._line.do(partial(self._keep, now))
+        if self._ledger.step > 1:  # new memory for every shard costs more than filling it
+            self._line.do(partial(self._spare.update, spare))
 
     def _keep(self, part: Part) -> None:
         self._ledger.commit(part)
         self._streams.settle(part)
+
+
+def _lay(block: Array, pile: Iterable[tuple[Any, Any]]) -> None:
+    """Put into a block what came of it, in that order."""
+    for cells, values in pile:
+        block[cells] = values
 
 
 def _let_go(line: Line, release: Callable[[], None]) -> None:

@@ -47,17 +47,19 @@ class Moments:
 
     def merge(self, other: "Moments") -> "Moments":
         """Those of all values of both."""
-        fields = xr.align(*self._fields(), *other._fields(), join="outer")
-        found = {
-            name: _both(*(field.variables[name] for field in fields))
-            for name in fields[0].data_vars
-            if name in fields[3]
-        }
-        shape = xr.Dataset(coords=fields[0].coords)
-        return Moments(*(shape.assign({n: one[k] for n, one in found.items()}) for k in range(3)))
-
-    def _fields(self) -> tuple[xr.Dataset, xr.Dataset, xr.Dataset]:
-        return self.count, self.mean, self.squares
+        fields = (one for side in (self, other) for one in (side.count, side.mean, side.squares))
+        return Moments(
+            *xr.apply_ufunc(
+                _both,
+                *fields,
+                output_core_dims=[[], [], []],
+                join="outer",
+                dataset_join="inner",
+                keep_attrs=True,
+                dask="parallelized",
+                output_dtypes=["int64", "float64", "float64"],
+            )
+        )
 
     def variance(self, ddof: int = 0) -> xr.Dataset:
         """Variance; NaN where there are not more than `ddof` values."""
@@ -69,15 +71,14 @@ class Moments:
         return self.variance(ddof) ** 0.5
 
 
-def _both(*fields: xr.Variable) -> list[xr.Variable]:
+def _both(*fields: Any) -> tuple[Any, Any, Any]:
     """Count, mean and squares of some values and of some more; NaN where there are none."""
-    dims = fields[0].dims
-    values = [one.transpose(*dims).values for one in fields]
-    one, mean, squares, two, other, others = (np.where(np.isnan(x), 0.0, x) for x in values)
-    count, step = one + two, other - mean
-    share = two / np.where(count > 0, count, np.nan)
-    spread = np.where(count > 0, squares + others + step**2 * one * share, np.nan)
-    return [xr.Variable(dims, x) for x in (count.astype("int64"), mean + step * share, spread)]
+    one, mean, squares, two, other, others = (np.where(np.isnan(x), 0.0, x) for x in fields)
+    with np.errstate(all="ignore"):
+        count, step = one + two, other - mean
+        share = two / np.where(count > 0, count, np.nan)
+        spread = np.where(count > 0, squares + others + step**2 * one * share, np.nan)
+        return count.astype("int64"), mean + step * share, spread
 
 
 def moments(values: xr.Dataset, dim: str = "problem") -> Moments:

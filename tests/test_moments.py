@@ -143,3 +143,22 @@ def test_merged_moments_are_those_of_all_values(
     else:
         assert np.isnan(found.mean.x)
         assert np.isnan(found.variance().x)
+
+
+def test_merged_labels_are_those_of_both() -> None:
+    a, b = (
+        xr.Dataset(
+            {"x": (("problem", "layer"), [values]), "y": ("problem", [values[0]])},
+            {"layer": [0, 1], "kind": ("layer", ["a", last]), "shard": shard, "same": 7},
+        )
+        for values, last, shard in (([1.0, np.nan], "b", 1), ([3.0, 4.0], "c", 2))
+    )
+    both = moments(a).merge(moments(b[["x"]]))
+    assert set(both.mean.coords) == {"layer", "same"}
+    assert set(both.mean.data_vars) == {"x"}
+    assert both.mean.x.values.tolist() == [2.0, 4.0]
+    assert both.count.x.values.tolist() == [2, 1]
+    wide, narrow = moments(a[["x"]]), moments(b[["x"]].isel(layer=0, drop=True))
+    merged = wide.merge(narrow)
+    assert merged.mean.x.values.tolist() == [2.0, 3.0]
+    assert merged.squares.x.values.tolist() == [2.0, 0.0]
