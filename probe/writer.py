@@ -21,11 +21,11 @@ import numpy.typing as npt
 from probe import disk
 from probe.arrivals import Arrivals
 from probe.errors import InputError
+from probe.gathering import Piles
 from probe.ledger import SHARE, Ledger, Part
 from probe.line import Line
 from probe.places import Folder, Place
 from probe.schema import DONE, FAILED, Labels
-from probe.sharding import cast
 from probe.streaming import Streams
 
 ENCODERS = min(4, os.cpu_count() or 1)
@@ -65,7 +65,7 @@ class Writer:
         self._saved, self._took = time.monotonic(), 0.0
         self._line = Line(ENCODERS, DEPTH, ledger.tend)
         self._streams = Streams(ledger, self._line)
-        self._spare: dict[str, Array] = {}
+        self._piles = Piles(ledger, self._arrivals.taken, partial(_settle, self._line, ledger))
         self._release = weakref.finalize(self, _let_go, self._line, release)
 
     def __enter__(self) -> Self:
@@ -149,8 +149,7 @@ class Writer:
         self._arrivals.unlabel(part, index)
         if self._ledger.step > 1:
             for name in came:
-                blank = self._ledger.arrays[name].fill_value
-                part.piles[name].append(((index - part.start,), blank))
+                self._piles.forget(part, index, name)
         else:
             part.piles.clear()
             self._streams.abandon(part)
@@ -197,7 +196,7 @@ class Writer:
             if self._streams.takes(name):
                 self._streams.send(part, name, [part.start, *corner], own)
             else:
-                self._gather(part, name, which, corner, own)
+                self._piles.add(part, name, which, corner, own)
             for index in which:
                 came = part.came.setdefault(index, {})
                 came[name] = came.get(name, 0) | layers
@@ -240,7 +239,7 @@ class Writer:
         part = self._part(index)
         if self._ledger.step > 1:  # what an earlier run put of it must not be taken for a result
             for name in self._ledger.data:
-                self._pile(part, name)
+                self._piles.begin(part, name)
         part.arrived[index] = (FAILED, np.nan, reason)
         self._commit_if_due(part)
 
@@ -259,8 +258,7 @@ class Writer:
             StoreError: The disk is full, or cannot be written.
         """
         if self._release.alive:
-            self._line.do(self._ledger.save)
-            self._line.wait()
+            _settle(self._line, self._ledger)
 
     def save(self) -> None:
         """Have all on the disk that is done, also of shards that are not complete yet.
@@ -272,7 +270,7 @@ class Writer:
         for part in self._arrivals.parts.values():
             if part.arrived:
                 self._commit(part)
-        self.wait()  # blocks are filled further
+        self.wait()
         self._saved, self._took = time.monotonic(), time.monotonic() - start
 
     def publish(self) -> None:
@@ -305,44 +303,6 @@ class Writer:
             raise InputError(f"the writer of {self._place} is closed. Open another with resume.")
         return self._arrivals.part(index)
 
-    def _gather(
-        self, part: Part, name: str, indices: Sequence[int], corner: Sequence[int], values: Array
-    ) -> None:
-        """Hold on to cells of some problems until their shard is committed."""
-        dtype = self._ledger.arrays[name].dtype
-        if values.dtype.kind not in "OT" and values.dtype != dtype:
-            values = cast(values, dtype)
-        elif not values.flags.c_contiguous:  # a view may keep much more in memory
-            values = values.copy()
-        rows: Any = np.array(indices) - part.start
-        if (np.diff(rows) == 1).all():
-            rows = slice(rows[0], rows[-1] + 1)  # many times as fast
-        extent = [slice(at, at + n) for at, n in zip(corner, values.shape[1:], strict=True)]
-        self._pile(part, name).append(((rows, *extent), values))
-
-    def _pile(self, part: Part, name: str) -> list[tuple[Any, Any]]:
-        """What has come of one array for a part, first of all what earlier runs finished of it."""
-        if name not in part.piles:
-            pile = []
-            if self._arrivals.taken[part.start : part.stop].any():
-                self.wait()
-                done = self._ledger.status[part.start : part.stop] == DONE
-                there = np.asarray(self._ledger.arrays[name][part.start : part.stop])
-                pile.append(((done,), there[done]))
-            part.piles[name] = pile
-        return part.piles[name]
-
-    def _block(self, part: Part, name: str) -> Array:
-        """Memory for a part's cells of one array: it is kept whole."""
-        array, ledger = self._ledger.arrays[name], self._ledger
-        # one problem needs only its own rows and columns; several share whole matrices
-        shape = ledger.shape(name, part.start) if ledger.step == 1 else array.shape[1:]
-        shape = (part.stop - part.start, *shape)
-        block = self._spare.pop(name, None)
-        if block is None or block.shape != shape:
-            block = np.empty(shape, array.dtype)
-        return block
-
     def _commit_if_due(self, part: Part) -> None:
         """Commit a part that is complete; and from time to time all that is in hand."""
         if len(part.arrived) == part.missing:
@@ -354,10 +314,7 @@ class Writer:
         """Have what has come of a part kept, after all that is on its way."""
         whole: dict[str, Array] = {}  # what zarr writes by itself
         spare: dict[str, Array] = {}
-        unfinished = ~self._arrivals.taken[part.start : part.stop]
-        for name, pile in part.piles.items():
-            block, blank = self._block(part, name), self._ledger.arrays[name].fill_value
-            lay = partial(_lay, block, [((...,), blank), *pile, ((unfinished,), blank)])
+        for name, block, lay in self._piles.blocks(part):
             if self._streams.grids[name] is None:
                 lay()
                 whole[name] = block
@@ -370,18 +327,17 @@ class Writer:
         now = replace(part, blocks=whole, labels={**part.labels}, arrived={**part.arrived})
         part.shards = {}
         self._line.do(partial(self._keep, now))
-        if self._ledger.step > 1:  # new memory for every shard costs more than filling it
-            self._line.do(partial(self._spare.update, spare))
+        if self._ledger.step > 1:
+            self._line.do(partial(self._piles.spare.update, spare))
 
     def _keep(self, part: Part) -> None:
         self._ledger.commit(part)
         self._streams.settle(part)
 
 
-def _lay(block: Array, pile: Iterable[tuple[Any, Any]]) -> None:
-    """Put into a block what came of it, in that order."""
-    for cells, values in pile:
-        block[cells] = values
+def _settle(line: Line, ledger: Ledger) -> None:
+    line.do(ledger.save)
+    line.wait()
 
 
 def _let_go(line: Line, release: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
-from probe import schema, store
+from probe import gathering, schema, store
 from probe import writer as writer_module
 from probe.errors import InputError, StoreError
 from probe.schema import DONE, FAILED, Labels
@@ -71,14 +71,14 @@ def test_memory_that_is_used_again_holds_nothing_of_the_shard_before(
     with create(path, some, sites=sites) as writer:
         put(writer, some, (1, 0), *sites)
         writer.wait()
-        spare = writer._spare["pattern"]
+        spare = writer._piles.spare["pattern"]
         put(writer, some, [2], *sites)
         writer.begin(3)
         for name in sites:
             writer.put([3], name, result(name, some[3], 9)[None])
         writer.fail(3, "CUDA out of memory")
         writer.wait()
-        assert np.shares_memory(writer._spare["pattern"], spare)
+        assert np.shares_memory(writer._piles.spare["pattern"], spare)
         put(writer, some, [4], *sites)
     check(store.open(path), some)
 
@@ -96,7 +96,7 @@ def test_what_never_came_holds_nothing_whatever_was_in_its_memory(
     fake.empty = lambda shape, dtype: np.full(shape, 7, dtype)
     kept: Any = MemoryStore()
     with pytest.MonkeyPatch.context() as patch, create(kept, TINY) as writer:
-        patch.setattr(writer_module, "np", fake)
+        patch.setattr(gathering, "np", fake)
         for i in order:
             values = result("pattern", TINY[i], i)[None]
             if acts[i] == "again":
@@ -138,7 +138,9 @@ def test_a_put_that_fails_may_be_repeated(path: Path, monkeypatch: pytest.Monkey
     values = result("pattern", TINY[1], 1)[None]
     with store.resume(path, config=CONFIG) as writer:
         with monkeypatch.context() as patch:
-            patch.setattr(writer, "wait", lambda: 1 / 0)  # what is there already cannot be read
+            patch.setattr(
+                writer._piles, "_wait", lambda: 1 / 0
+            )  # what is there already cannot be read
             with pytest.raises(ZeroDivisionError):
                 writer.put([1], "pattern", values)
         with pytest.raises(InputError, match="has 0 of 2 layers"):
