@@ -4,7 +4,8 @@ A shard is its encoded tiles one after the other, an index of 16 bytes for each 
 bytes, little endian, all ones where the tile is empty), and the crc32c of that index (the
 `sharding_indexed` codec of Zarr's specification). zarr-python would encode it as well, but reads
 and rewrites a shard for every part of it. A tile is a frame of zstd and its crc32c, which takes a
-thirtieth of encoding; zstd's own checksum, which earlier stores have, takes a quarter.
+thirtieth of encoding; zstd's own checksum, which earlier stores have, takes a quarter. In tiles
+that problems share these come last (see `probe.schema.problem_last`).
 """
 
 import threading
