@@ -324,7 +324,8 @@ class Writer:
                 self._streams.send(part, name, corner, block, ready)
                 spare[name] = block
         self._streams.finish(part)
-        now = replace(part, blocks=whole, labels={**part.labels}, arrived={**part.arrived})
+        state: Any = {"labels": {**part.labels}, "arrived": {**part.arrived}}
+        now = replace(part, piles={}, blocks=whole, **state)  # what is laid is not kept
         part.shards = {}
         self._line.do(partial(self._keep, now))
         if self._ledger.step > 1:

@@ -1,5 +1,6 @@
 import errno
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,19 @@ def test_a_failed_problem_that_is_half_put_again_still_holds_nothing(path: Path)
     ds = store.open(path)
     assert ds["status"].values.tolist() == [FAILED, DONE]
     check(ds, TINY)
+
+
+def test_what_is_written_stays_in_nobodys_memory(path: Path) -> None:
+    with create(path, TINY) as writer:
+        values = [np.array([result("pattern", one, i)], "float16") for i, one in enumerate(TINY)]
+        known = [weakref.ref(one) for one in values]
+        writer._ledger._pause = 1e9  # until labels and status are saved
+        for i in range(len(TINY)):
+            writer.put([i], "pattern", values.pop(0))
+            writer.done(i, i / 2)
+        writer._line.wait()
+        assert not any(one() is not None for one in known)
+    check(store.open(path), TINY)
 
 
 def test_a_put_that_fails_may_be_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
