@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from probe.arrays import neighbours
 from probe.sharding import ABSENT, JOB, Grid, decode, index
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -105,15 +106,8 @@ def _pieces(places: Array, size: int, count: int) -> list[tuple[int, list[_Piece
     found = []
     for where in np.split(order, ends)[1:]:
         tile = int(tiles[where[0]])
-        found.append(_Piece(tile, _run(places[where] - tile * size), _run(where)))
+        found.append(_Piece(tile, neighbours(places[where] - tile * size), neighbours(where)))
     return [(at, list(some)) for at, some in groupby(found, lambda piece: piece.tile // count)]
-
-
-def _run(places: Array) -> Cells:
-    """Neighbours as a slice, which is copied many times as fast."""
-    if (np.diff(places) == 1).all():
-        return slice(int(places[0]), int(places[-1]) + 1)
-    return places
 
 
 def _locate(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from probe.arrays import neighbours
 from probe.ledger import Ledger, Part
 from probe.schema import DONE
 from probe.sharding import cast
@@ -46,9 +47,7 @@ class Piles:
             values = cast(values, dtype)
         elif not values.flags.c_contiguous:  # a view may keep much more in memory
             values = values.copy()
-        rows: Any = np.array(indices) - part.start
-        if (np.diff(rows) == 1).all():
-            rows = slice(rows[0], rows[-1] + 1)  # many times as fast
+        rows = neighbours(np.array(indices) - part.start)
         extent = [slice(at, at + n) for at, n in zip(corner, values.shape[1:], strict=True)]
         self.begin(part, name).append(((rows, *extent), values))
 
@@ -77,11 +76,8 @@ class Piles:
         unfinished = ~self._taken[part.start : part.stop]
         for name, pile in part.piles.items():
             block, blank = self._memory(part, name), self._ledger.arrays[name].fill_value
-            yield (
-                name,
-                block,
-                partial(_lay, block, [((...,), blank), *pile, ((unfinished,), blank)]),
-            )
+            whole = [((...,), blank), *pile, ((unfinished,), blank)]
+            yield name, block, partial(_lay, block, whole)
 
     def _memory(self, part: Part, name: str) -> Array:
         array, ledger = self._ledger.arrays[name], self._ledger

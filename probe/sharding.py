@@ -72,11 +72,9 @@ def grid(name: str, array: "zarr.Array[Any]") -> Grid | None:
     if _names(codecs) != ["sharding_indexed"] or keys != _KEYS or array.dtype.kind not in "fiu":
         return None
     how = codecs[0]["configuration"]
-    inner, last = how["codecs"], problem_last(array.ndim)
-    turned = bool(inner) and _names(inner[:1]) == ["transpose"]
-    if turned and tuple(inner[0]["configuration"]["order"]) != last:
-        return None
-    inner = inner[turned:]
+    turn = {"name": "transpose", "configuration": {"order": problem_last(array.ndim)}}
+    turned = how["codecs"][0] == turn
+    inner = how["codecs"][turned:]
     names = _names(inner)
     known = how["index_location"] == "end" and _names(how["index_codecs"]) == ["bytes", "crc32c"]
     if not known or names not in (["bytes", "zstd"], ["bytes", "zstd", "crc32c"]):
@@ -221,7 +219,7 @@ def _crc(data: bytes) -> bytes:
 
 
 def _is_empty(grid: Grid, cells: Array) -> bool:
-    """Whether all cells hold the fill, bit for bit; one's last row alone tells of most tiles."""
+    """Whether all cells hold the fill, bit for bit; the first problem's last row tells of most."""
     bits = f"u{grid.dtype.itemsize}"
     cells, fill = cells.view(bits), np.array(grid.fill, grid.dtype).view(bits)
     last = cells[:1, ..., -1, :] if cells.ndim > 2 else cells

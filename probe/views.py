@@ -6,6 +6,7 @@ from typing import TypeVar
 import numpy as np
 import xarray as xr
 
+from probe.arrays import neighbours
 from probe.errors import InputError
 
 _Data = TypeVar("_Data", xr.Dataset, xr.DataArray)
@@ -71,8 +72,7 @@ def _cut(ds: _Data) -> _Data:
         if dim in ds.dims:
             there = ds[f"{dim}_position"] >= 0
             found = np.flatnonzero(there.any([other for other in there.dims if other != dim]))
-            neighbours = len(found) and found[-1] - found[0] + 1 == len(found)
-            own[dim] = slice(found[0], found[-1] + 1) if neighbours else found
+            own[dim] = neighbours(found)
     return ds.isel(own)
 
 
