@@ -70,7 +70,7 @@ def _cut(ds: _Data) -> _Data:
     own = {}
     for dim in ("query", "key"):
         if dim in ds.dims:
-            there = ds[f"{dim}_position"] >= 0
+            there = ds[f"{dim}_position"].variable.load() >= 0  # kept: they are asked again
             found = np.flatnonzero(there.any([other for other in there.dims if other != dim]))
             own[dim] = neighbours(found)
     return ds.isel(own)

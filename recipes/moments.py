@@ -21,6 +21,7 @@ from probe.places import place
 from probe.schema import DONE
 
 THREADS = min(4, os.cpu_count() or 1)
+BLOCK_BYTES = 128 * 2**20  # of patterns in float64 that a thread holds, but at least a layer
 
 Measure: TypeAlias = Callable[[xr.Dataset], "xr.Dataset | xr.DataArray | Mapping[str, Any]"]
 
@@ -93,24 +94,25 @@ def moments(values: xr.Dataset, dim: str = "problem") -> Moments:
     return Moments(count, mean, squares)
 
 
-def _of_array(x: xr.DataArray, dim: str) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
+def _of_array(x: xr.DataArray, dim: str, exists: Any = None) -> tuple[xr.DataArray, ...]:
+    """Count, mean and squares; of what exists, if that is told, which broadcasts to `x`."""
     axis = x.get_axis_num(dim)
     wide = x.values.astype("float64")  # a copy, which is worked on in place
-    shape = xr.zeros_like(x.isel({dim: 0}, drop=True), "float64")
-    count: Any = wide.shape[axis]
+    if exists is not None:
+        np.copyto(wide, 0.0, where=~exists)
     total = wide.sum(axis)
-    missing = None
     if np.isnan(total).any():
-        missing = np.isnan(wide)
-        count = count - missing.sum(axis)
-        wide[missing] = 0.0
+        exists = ~np.isnan(wide) & (True if exists is None else exists)
+        np.copyto(wide, 0.0, where=~exists)
         total = wide.sum(axis)
+    count = np.asarray(wide.shape[axis] if exists is None else exists.sum(axis), "int64")
     mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     wide -= np.expand_dims(mean, axis)
-    if missing is not None:
-        wide[missing] = 0.0
+    if exists is not None:
+        np.copyto(wide, 0.0, where=~exists)
     squares = np.where(count > 0, np.square(wide, out=wide).sum(axis), np.nan)
-    counts = np.broadcast_to(np.asarray(count, "int64"), mean.shape)
+    shape = xr.zeros_like(x.isel({dim: 0}, drop=True), "float64")
+    counts = np.broadcast_to(count, mean.shape)
     return shape.copy(data=counts), shape.copy(data=mean), shape.copy(data=squares)
 
 
@@ -200,22 +202,31 @@ def stored(where: object) -> Moments:
 
 def _of(part: xr.Dataset, measure: Measure | None) -> Moments:
     if measure is None:
-        cells = probe.valid(part).load()
-        each = [_patterns(part.pattern.isel(layer=[n]), cells) for n in range(part.sizes["layer"])]
-        fields = zip(*((one.count, one.mean, one.squares) for one in each), strict=True)
-        return Moments(*(xr.concat(layers, "layer") for layers in fields))
-    for name in part.data_vars:  # labels are read by who asks for them
-        part.variables[name].load()
+        return _patterns(part.pattern.reset_coords(drop=True), probe.valid(part))
+    for one in part.variables.values():  # labels are read by who asks for them
+        if one.encoding.get("shards"):
+            one.load()
     found: Any = measure(part)
     if isinstance(found, xr.DataArray):
-        found = found.to_dataset(name=found.name or "value")
-    values = found if isinstance(found, xr.Dataset) else xr.Dataset(found)
-    return moments(values.reset_coords(drop=True))
+        found = {found.name or "value": found}
+    if not isinstance(found, xr.Dataset):  # made without labels: it would read them to compare
+        bare = {
+            n: x.reset_coords(drop=True) if hasattr(x, "coords") else x for n, x in found.items()
+        }
+        found = xr.Dataset(bare)
+    return moments(found.reset_coords(drop=True))
 
 
-def _patterns(layer: xr.DataArray, cells: xr.DataArray) -> Moments:
-    """Of one layer, which is all that is in memory."""
-    return moments(layer.load().where(cells).reset_coords(drop=True).to_dataset(name="pattern"))
+def _patterns(p: xr.DataArray, cells: xr.DataArray) -> Moments:
+    """Some layers at a time, which is all that is in memory."""
+    p = p.transpose("problem", "layer", ..., "query", "key")
+    exists = cells.transpose("problem", "query", "key").values
+    exists = np.expand_dims(exists, tuple(range(1, p.ndim - 2)))
+    step = max(1, BLOCK_BYTES // max(1, p.isel(layer=0).size * 8))
+    blocks = (p.isel(layer=slice(n, n + step)) for n in range(0, p.sizes["layer"], step))
+    fields = zip(*(_of_array(some, "problem", exists) for some in blocks), strict=True)
+    whole = (xr.concat(layers, "layer").to_dataset(name="pattern") for layers in fields)
+    return Moments(*whole)
 
 
 def _merged(total: Moments | None, one: Moments) -> Moments:

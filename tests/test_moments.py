@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import probe
-from probe import schema, store
+from probe import opening, schema, store
 from probe.errors import InputError
 from recipes import heads
 from recipes.moments import Moments, moments, over
@@ -162,3 +162,22 @@ def test_merged_labels_are_those_of_both() -> None:
     merged = wide.merge(narrow)
     assert merged.mean.x.values.tolist() == [2.0, 3.0]
     assert merged.squares.x.values.tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_of_the_labels_only_positions_are_read_and_once(
+    ds: xr.Dataset, measured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    real = opening.Label._read
+
+    def read(self: opening.Label, key: Any) -> Any:
+        reads.append(self._name)
+        return real(self, key)
+
+    def measure(part: xr.Dataset) -> dict[str, Any]:
+        return {"pattern": part.pattern, "entropy": heads.entropy(part.pattern)}
+
+    monkeypatch.setattr(opening.Label, "_read", read)
+    over(ds, measure if measured else None)
+    assert sorted(reads) == sorted(["query_position", "key_position"] * len(list(probe.shards(ds))))
