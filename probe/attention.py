@@ -9,8 +9,6 @@ repeated for grouped-query heads: query head h reads key head h // (n_heads / n_
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from math import prod
 from typing import Literal
 
 import torch
@@ -19,6 +17,7 @@ from torch import softmax as torch_softmax  # ours, whatever a model puts in tor
 
 from probe.errors import InputError
 from probe.indexing import Index, bounds, positions, take, unbroken, wide
+from probe.inplace import hide_triangle, within
 from probe.positions import Positions
 
 Site = Literal["pattern", "scores"]
@@ -133,6 +132,12 @@ class AttentionCall:
         top_left = self.mask is None and self.n_queries > 1
         return 0 if top_left else self.n_keys - self.n_queries
 
+    @property
+    def plain(self) -> bool:
+        """Whether scores are scaled products, of which nothing but the future is hidden."""
+        special = self.mask, self.window, self.softcap, self.sinks
+        return all(x is None for x in special) and self.causal and self.n_queries == self.n_keys
+
     def keep(self, queries: Index = None, keys: Index = None) -> Tensor:
         """Which keys each row may attend to: bool (batch or 1, head or 1, query, key)."""
         if self.mask is not None and self.mask.ndim == 4:
@@ -181,7 +186,7 @@ class AttentionCall:
         q = torch.mul(q, self.factor, out=own).reshape(
             batch, self.n_kv_heads, self.share * n, width
         )
-        s = torch.matmul(q, k.transpose(-1, -2), out=_within(room, *q.shape[:3], k.shape[2]))
+        s = torch.matmul(q, k.transpose(-1, -2), out=within(room, *q.shape[:3], k.shape[2]))
         s = s.reshape(batch, self.n_heads, n, k.shape[2])
         if self.softcap is not None:
             s = (s / self.softcap).tanh_() * self.softcap
@@ -273,14 +278,17 @@ class AttentionCall:
         bias = bias.to(self.query.dtype).clamp_min(low).expand(hidden.shape)
         return replace(self, mask=bias.masked_fill(hidden, hide))
 
-    def normalise(self, scores: Tensor, room: Tensor | None = None) -> Tensor:
-        """Softmax of scores as computed: only a mask or a window can leave a row empty."""
-        open_rows = self.mask is None and self.window is None and scores.shape[-1] > 0
-        return self._softmax(scores, room) if open_rows else self.softmax(scores)
+    def normalise(self, scores: Tensor, *, quick: bool = False) -> Tensor:
+        """Softmax of scores as computed: only a mask or a window can leave a row empty.
 
-    def _softmax(self, scores: Tensor, room: Tensor | None = None) -> Tensor:
+        In place where it can be, if `quick`.
+        """
+        open_rows = self.mask is None and self.window is None and scores.shape[-1] > 0
+        return self._softmax(scores, quick=quick) if open_rows else self.softmax(scores)
+
+    def _softmax(self, scores: Tensor, *, quick: bool = False) -> Tensor:
         if self.sinks is None:
-            return torch_softmax(scores, -1, out=_within(room, *scores.shape))
+            return torch_softmax(scores, -1, out=scores if quick else None)
         sink = self.sinks.to(scores.dtype).view(1, -1, 1, 1)
         return (scores - torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)).exp()
 
@@ -342,7 +350,7 @@ class AttentionCall:
                 if not unbroken(queries):
                     ahead.masked_fill_(~self.keep(queries, keys), -torch.inf)
                 elif quick and s.device.type == "cpu" and type(s) is Tensor:  # none that is fake
-                    _hide_triangle(ahead)
+                    hide_triangle(ahead)
                 else:
                     hidden = torch.ones(ahead.shape[2:], dtype=torch.bool, device=s.device)
                     ahead.masked_fill_(hidden.triu(), -torch.inf)
@@ -350,30 +358,3 @@ class AttentionCall:
         elif self.mask is not None and self.mask.ndim == 4 and self.mask.dtype != torch.bool:
             s = s + self._mask4(self.mask, queries, keys).to(s.dtype)
         return s.masked_fill_(~self.keep(queries, keys), -torch.inf)
-
-
-def _hide_triangle(s: Tensor) -> None:
-    """Put -inf on and above the diagonal, whatever is there, without gradients.
-
-    The bits, as whole numbers, are kept between bounds that leave any of them, or only those of
-    -inf. On a CPU that takes an eighth of the time of `masked_fill_`.
-    """
-    least, most = _bounds(*s.shape[-2:], s.dtype)
-    bits = s.view(least.dtype)
-    torch.clamp(bits, least, most, out=bits)
-
-
-@lru_cache(maxsize=8)
-def _bounds(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    kind = torch.int32 if dtype == torch.float32 else torch.int64
-    with torch.device("cpu"):  # whatever the default is
-        hidden = torch.ones(rows, columns, dtype=torch.bool).triu()
-        minus_inf = torch.tensor(-torch.inf, dtype=dtype).view(kind)
-        least = torch.full((rows, columns), torch.iinfo(kind).min, dtype=kind)
-        most = torch.full((rows, columns), torch.iinfo(kind).max, dtype=kind)
-        return least.masked_fill_(hidden, minus_inf), most.masked_fill_(hidden, minus_inf)
-
-
-def _within(room: Tensor | None, *shape: int) -> Tensor | None:
-    """The beginning of a flat tensor in this shape."""
-    return None if room is None else room[: prod(shape)].view(shape)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from probe import attention, filling
+from probe import filling, inplace
 from probe.attention import AttentionCall
 from probe.filling import fill
 from probe.indexing import Index
@@ -33,6 +34,47 @@ def test_fill_writes_what_scores_and_pattern_return_whatever_the_tiles(
             out = torch.full(wanted.shape, math.nan, dtype=dtype)
             assert fill(case.call, out, site, **where) is out
             close(out, wanted.to(dtype), 2e-3 if half else 1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 150),
+    batch=st.integers(0, 3),
+    groups=st.integers(1, 3),
+    share=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    budget=st.sampled_from([1, 1 << 14, 1 << 21]),
+    apart=st.booleans(),
+)
+def test_plain_calls_are_filled_as_any_other(
+    n: int, batch: int, groups: int, share: int, dtype: torch.dtype, budget: int, apart: bool
+) -> None:
+    """In memory of its own, and between numbers of others, where heads and items are apart."""
+    made = torch.Generator().manual_seed(n)
+    query, key = (
+        torch.randn(batch, n, heads, 8, generator=made, dtype=torch.float64).to(dtype)
+        for heads in (groups * share, groups)
+    )
+    call = AttentionCall(query.transpose(1, 2), key.transpose(1, 2), key.transpose(1, 2))
+    assert call.plain
+    masked = replace(call, mask=torch.ones(batch, n, dtype=torch.bool))
+    assert not masked.plain
+    more = torch.full((batch, 2 * groups * share, n, n), math.nan, dtype=call.dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling, "_TILES", {"cpu": (64, budget)})
+        for site in SITES:
+            out = more[:, ::2] if apart else torch.full(call.shape, math.nan, dtype=call.dtype)
+            assert fill(call, out, site) is out
+            close(out, read(masked, site), 1e-6)
+    assert bool(more[:, 1::2].isnan().all())
+
+
+def test_plain_calls_keep_their_precision_under_autocast() -> None:
+    call = call_of(70, 70)
+    assert call.plain
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fill(call, torch.empty(2, 4, 70, 70))
+    assert torch.equal(found, fill(call, torch.empty(2, 4, 70, 70)))
 
 
 def test_the_keys_asked_for_never_change_the_softmax() -> None:
@@ -60,14 +102,14 @@ def test_the_future_stays_hidden_whatever_is_there(dtype: torch.dtype) -> None:
 
 def test_numbers_on_a_cpu_are_read_whatever_the_default_device() -> None:
     call = call_of(19, 19)
-    attention._bounds.cache_clear()
+    inplace._bounds.cache_clear()
     with torch.device("meta"):
         found = fill(call, torch.empty(2, 4, 19, 19, device="cpu"))
     close(found, call.pattern())
 
 
 def test_fake_tensors_leave_nothing_behind() -> None:
-    attention._bounds.cache_clear()
+    inplace._bounds.cache_clear()
     with FakeTensorMode():
         query = torch.empty(1, 2, 19, 4)
         fill(AttentionCall(query, query, query), torch.empty(1, 2, 19, 19))
