@@ -81,7 +81,9 @@ def fetch(
         IndexError: There is no such place.
     """
     asked = [np.atleast_1d(np.arange(n)[one]) for n, one in zip(shape, key, strict=True)]
-    out = _blank(grid, [len(one) for one in asked])
+    out = np.zeros([len(one) for one in asked], grid.dtype)
+    if grid.fill != 0:  # else pages are taken where something is written, by the threads
+        out[...] = grid.fill
     shards = list(
         product(*(_pieces(*dim) for dim in zip(asked, grid.tile, grid.tiles, strict=True)))
     )
@@ -94,15 +96,6 @@ def fetch(
                 pass
     single = tuple(n for n, one in enumerate(key) if isinstance(one, int | np.integer))
     return out.squeeze(single)
-
-
-def _blank(grid: Grid, shape: Sequence[int]) -> Array:
-    """Memory for cells in the order in which tiles hold them, which is fastest to fill and sum."""
-    order = [*shape[1:], shape[0]] if grid.problem_last else shape
-    out = np.zeros(order, grid.dtype)
-    if grid.fill != 0:  # else pages are taken where something is written, by the threads
-        out[...] = grid.fill
-    return np.moveaxis(out, -1, 0) if grid.problem_last else out
 
 
 def _pieces(places: Array, size: int, count: int) -> list[tuple[int, list[_Piece]]]:

@@ -65,7 +65,7 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
         lazy = {name: _label(where, name, one) for name, one in labels.items()}
         coords = attrs.pop("coordinates", "").split()
         ds = xr.Dataset(lazy, attrs=attrs).set_coords([name for name in coords if name in lazy])
-        status = ds.variables["status"].load().values  # kept: whoever reads asks which are done
+        status = ds["status"].values
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise StoreError(
             f"{where} is damaged: its labels cannot be read ({error}). Restore it from a copy."

@@ -21,7 +21,7 @@ from probe.places import place
 from probe.schema import DONE
 
 THREADS = min(4, os.cpu_count() or 1)
-BLOCK_BYTES = 128 * 2**20  # of patterns in float64 that a thread holds, but at least a layer
+BLOCK_BYTES = 32 * 2**20  # of patterns in float64 that a thread holds, but at least a layer
 
 Measure: TypeAlias = Callable[[xr.Dataset], "xr.Dataset | xr.DataArray | Mapping[str, Any]"]
 
@@ -144,7 +144,7 @@ def over(ds: xr.Dataset, measure: Measure | None = None, *, threads: int = THREA
     waiting: deque[Future[Moments]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for part in probe.shards(ds):
-            done = part.status.values == DONE
+            done = part.variables["status"].load().values == DONE  # kept: it is asked again
             if not done.any():
                 continue
             finished = part if done.all() else part.isel(problem=done)
@@ -203,15 +203,15 @@ def stored(where: object) -> Moments:
 def _of(part: xr.Dataset, measure: Measure | None) -> Moments:
     if measure is None:
         return _patterns(part.pattern.reset_coords(drop=True), probe.valid(part))
-    for one in part.variables.values():  # labels are read by who asks for them
-        if one.encoding.get("shards"):
-            one.load()
+    for name in part.data_vars:  # labels are read by who asks for them
+        part.variables[name].load()
     found: Any = measure(part)
     if isinstance(found, xr.DataArray):
-        found = {found.name or "value": found}
+        found = found.reset_coords(drop=True).to_dataset(name=found.name or "value")
     if not isinstance(found, xr.Dataset):  # made without labels: it would read them to compare
         bare = {
-            n: x.reset_coords(drop=True) if hasattr(x, "coords") else x for n, x in found.items()
+            n: x.reset_coords(drop=True) if isinstance(x, xr.DataArray) else x
+            for n, x in found.items()
         }
         found = xr.Dataset(bare)
     return moments(found.reset_coords(drop=True))
@@ -219,14 +219,15 @@ def _of(part: xr.Dataset, measure: Measure | None) -> Moments:
 
 def _patterns(p: xr.DataArray, cells: xr.DataArray) -> Moments:
     """Some layers at a time, which is all that is in memory."""
-    p = p.transpose("problem", "layer", ..., "query", "key")
-    exists = cells.transpose("problem", "query", "key").values
-    exists = np.expand_dims(exists, tuple(range(1, p.ndim - 2)))
-    step = max(1, BLOCK_BYTES // max(1, p.isel(layer=0).size * 8))
-    blocks = (p.isel(layer=slice(n, n + step)) for n in range(0, p.sizes["layer"], step))
+    exists = cells.transpose(*(dim for dim in p.dims if dim in cells.dims)).values
+    exists = np.expand_dims(exists, [n for n, dim in enumerate(p.dims) if dim not in cells.dims])
+    blocks = [p]
+    if "layer" in p.dims:
+        step = max(1, BLOCK_BYTES // max(1, p.isel(layer=0).size * 8))
+        blocks = [p.isel(layer=slice(n, n + step)) for n in range(0, p.sizes["layer"], step)]
     fields = zip(*(_of_array(some, "problem", exists) for some in blocks), strict=True)
-    whole = (xr.concat(layers, "layer").to_dataset(name="pattern") for layers in fields)
-    return Moments(*whole)
+    whole = (xr.concat(some, "layer") if len(some) > 1 else some[0] for some in fields)
+    return Moments(*(one.to_dataset(name="pattern") for one in whole))
 
 
 def _merged(total: Moments | None, one: Moments) -> Moments:

@@ -1,5 +1,6 @@
 """Pieces of stores, and means and spreads over them, against NumPy."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_merged_labels_are_those_of_both() -> None:
 
 
 @pytest.mark.parametrize("measured", [False, True])
-def test_of_the_labels_only_positions_are_read_and_once(
+def test_no_label_of_a_shard_is_read_twice_and_no_text(
     ds: xr.Dataset, measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[str] = []
@@ -178,6 +179,38 @@ def test_of_the_labels_only_positions_are_read_and_once(
     def measure(part: xr.Dataset) -> dict[str, Any]:
         return {"pattern": part.pattern, "entropy": heads.entropy(part.pattern)}
 
+    shards = len(list(probe.shards(ds)))
     monkeypatch.setattr(opening.Label, "_read", read)
     over(ds, measure if measured else None)
-    assert sorted(reads) == sorted(["query_position", "key_position"] * len(list(probe.shards(ds))))
+    needed = ["query_position", "key_position", "status", *(["length", "loss"] if measured else [])]
+    assert Counter(reads) == dict.fromkeys(needed, shards)
+
+
+@pytest.mark.parametrize(
+    "where", [{"layer": 0}, {"head": 1}, {"query": -1}, {"key": 0}, {"query": 1, "key": 0}], ids=str
+)
+def test_what_is_selected_or_turned_keeps_its_dims(
+    ds: xr.Dataset, where: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.moments.BLOCK_BYTES", 1)  # a layer at a time
+    some = ds.isel(where).transpose("problem", "head", ..., missing_dims="ignore")
+    found, whole = over(some), over(ds)
+    assert found.mean.pattern.dims == some.pattern.dims[1:]
+    for one, known in zip(
+        (found.mean, found.squares, found.count),
+        (whole.mean, whole.squares, whole.count),
+        strict=True,
+    ):
+        known = known.pattern.isel(where).transpose(*one.pattern.dims)
+        np.testing.assert_allclose(one.pattern, known, rtol=1e-12, atol=1e-15)
+
+
+def test_a_measure_may_not_be_named_as_its_own_dim(ds: xr.Dataset) -> None:
+    with pytest.raises(ValueError, match="same name as one of its coordinates"):
+        over(ds, lambda part: part.loss.rename("problem"))
+
+
+def test_matrices_lie_in_memory_in_the_order_of_their_dims(ds: xr.Dataset) -> None:
+    """So sums of float16 over queries and keys are kept in float32 by NumPy."""
+    for where in ({}, {"layer": 0}, {"problem": slice(0, 5), "head": 1}):
+        assert ds.pattern.isel(where).values.flags.c_contiguous
