@@ -17,7 +17,7 @@ from torch import softmax as torch_softmax  # ours, whatever a model puts in tor
 
 from probe.errors import InputError
 from probe.indexing import Index, bounds, positions, take, unbroken, wide
-from probe.inplace import hide_triangle, within
+from probe.inplace import hide_triangle, on_cpu, within
 from probe.positions import Positions
 
 Site = Literal["pattern", "scores"]
@@ -349,7 +349,7 @@ class AttentionCall:
                 keys = slice(rows[0] + 1, bounds(keys, self.n_keys)[1])
                 if not unbroken(queries):
                     ahead.masked_fill_(~self.keep(queries, keys), -torch.inf)
-                elif quick and s.device.type == "cpu" and type(s) is Tensor:  # none that is fake
+                elif quick and on_cpu(s):
                     hide_triangle(ahead)
                 else:
                     hidden = torch.ones(ahead.shape[2:], dtype=torch.bool, device=s.device)

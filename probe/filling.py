@@ -7,11 +7,10 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch import softmax as torch_softmax  # whatever a model puts in torch's place
 
 from probe.attention import AttentionCall, Site
 from probe.indexing import Index, bounds, positions, slices, wide
-from probe.inplace import hide_triangle, within
+from probe.inplace import hide_triangle, on_cpu, within
 from probe.matrices import Matrices, Readable
 
 # (rows, bytes of float32 scores) of a tile: on a CPU it stays in a core's cache, on a GPU it keeps
@@ -83,8 +82,8 @@ def _fill(
     else:
         exact = replace(exact, key=exact.key.contiguous())
     # New memory for every tile would be taken from the system each time: a sixth of all the time.
-    largest = prod(some[0].stop for some in (batches, groups, rows) if some)
-    room = exact.query.new_empty(largest * call.share * (call.n_keys + call.query.shape[-1]))
+    cells = call.share * (call.n_keys + call.query.shape[-1])
+    room = exact.query.new_empty(_largest(batches, groups, rows) * cells)
     for items, group in product(batches, groups):
         part = exact.part(items, group)
         for some in rows:
@@ -106,9 +105,9 @@ def _fill(
 
 
 def _quick(call: AttentionCall, out: Tensor) -> bool:
-    flat = out.is_contiguous() or out.shape[1] == 1  # items and heads can be one dim
-    real = call.device.type == "cpu" and type(call.query) is Tensor  # none that is fake
-    return flat and real and call.plain and not torch.is_autocast_enabled("cpu")
+    """Whether `_lower` can fill this: items and heads of `out` can be one dim, of real numbers."""
+    flat = out.is_contiguous() or out.shape[1] == 1
+    return flat and call.plain and on_cpu(call.query) and not torch.is_autocast_enabled("cpu")
 
 
 def _lower(call: AttentionCall, out: Tensor, site: Site, empty: float) -> Tensor:
@@ -119,21 +118,20 @@ def _lower(call: AttentionCall, out: Tensor, site: Site, empty: float) -> Tensor
     n, share, width = call.n_queries, call.share, call.query.shape[-1]
     k = wide(call.key).contiguous().flatten(0, 1).transpose(1, 2)
     q = (wide(call.query) * call.factor).reshape(len(k), share, n, width)
-    groups = out.view(len(k), share, n, n)  # of the heads that read one key head, of one item
-    height, budget = _TILES["cpu"]
-    height = max(1, min(height, n))
-    step = max(1, min(len(k), budget // (4 * share * height * max(1, n))))
-    room = q.new_empty(step * share * height * n)
+    pairs = out.view(len(k), share, n, n)  # of an item and a key head
+    batches, groups, tiles = _tiles(call, n)
+    step = _largest(batches, groups)
+    room = q.new_empty(_largest(batches, groups, tiles) * share * n)
     for some in slices(len(k), step):
-        for rows in slices(n, height):
+        for rows in tiles:
             high, count = rows.stop, rows.stop - rows.start
             asked = q[some, :, rows].reshape(-1, share * count, width)
             s = torch.bmm(asked, k[some, :, :high], out=within(room, *asked.shape[:2], high))
             s = s.view(-1, share, count, high)
             hide_triangle(s[..., rows.start + 1 :])
             if site == "pattern":
-                torch_softmax(s, -1, out=s)
-            tile = groups[some, :, rows]
+                s = call.normalise(s, quick=True)
+            tile = pairs[some, :, rows]
             tile[..., :high] = s
             if high < n:
                 tile[..., high:] = empty
@@ -162,3 +160,8 @@ def _tiles(call: AttentionCall, n_rows: int) -> Sequence[Sequence[slice]]:
     groups = max(1, min(call.n_kv_heads, budget // group_bytes))
     batch = max(1, min(n_batch, budget // (group_bytes * call.n_kv_heads)))
     return slices(n_batch, batch), slices(call.n_kv_heads, groups), slices(n_rows, rows)
+
+
+def _largest(*cut: Sequence[slice]) -> int:
+    """How many there are at most of what is cut together."""
+    return prod(some[0].stop for some in cut if some)

@@ -1,10 +1,15 @@
-"""Scores and softmax in memory that is there, without gradients and without temporaries."""
+"""Scores in memory that is there, without gradients and without temporaries."""
 
 from functools import lru_cache
 from math import prod
 
 import torch
 from torch import Tensor
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether `hide_triangle` can take it: numbers of a CPU, none that are fake."""
+    return x.device.type == "cpu" and type(x) is Tensor
 
 
 def hide_triangle(s: Tensor) -> None:

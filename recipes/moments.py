@@ -207,7 +207,7 @@ def _of(part: xr.Dataset, measure: Measure | None) -> Moments:
         part.variables[name].load()
     found: Any = measure(part)
     if isinstance(found, xr.DataArray):
-        found = found.reset_coords(drop=True).to_dataset(name=found.name or "value")
+        found = found.to_dataset(name=found.name or "value")
     if not isinstance(found, xr.Dataset):  # made without labels: it would read them to compare
         bare = {
             n: x.reset_coords(drop=True) if isinstance(x, xr.DataArray) else x
