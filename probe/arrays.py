@@ -1,17 +1,23 @@
 """The zarr arrays of a store: how long they are, made empty, labelled."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import asyncio
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from math import ceil
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, StorePath
 
 from probe import schema
-from probe.errors import InputError
+from probe.errors import InputError, StoreError
+from probe.places import Place
 from probe.schema import Labels
 
 WHOLE: Any = {"write_empty_chunks": True}  # a file that is missing was lost
@@ -104,7 +110,7 @@ def make_arrays(
 
 
 def write_labels(
-    group: zarr.Group,
+    where: Place,
     labels: Sequence[Labels],
     layers: Sequence[int],
     heads: Sequence[int],
@@ -112,7 +118,7 @@ def write_labels(
     block: int,
 ) -> None:
     """Write all that is known before the run, whole chunks of `block` problems at a time."""
-    arrays = every(group)
+    arrays = every(where, mode="r+")
     rows, keys = arrays["query"].shape[0], arrays["key"].shape[0]
     indexes = {
         "problem": np.array([one.id for one in labels], dtype=object),
@@ -161,22 +167,58 @@ def label_columns(labels: Sequence[Labels], rows: int, keys: int) -> dict[str, n
     return out
 
 
-def opened(where: Any, mode: Literal["r", "r+"] = "r", path: str = "") -> zarr.Group:
-    """A group of a store as it is now: consolidated metadata would be stale."""
-    return zarr.open_group(where, path=path, mode=mode, zarr_format=3, use_consolidated=False)
-
-
 def data_arrays(attrs: Mapping[str, Any]) -> list[str]:
     """The arrays that lie in shards, of a store with these attributes."""
     return [name for name in attrs["arrays"] if name != "loss"]
 
 
-def every(group: zarr.Group) -> dict[str, zarr.Array[Any]]:
-    """All arrays of a group; looked up at once, which is faster than one by one."""
-    # not by zarr's own settings: other threads have the same ones, and change them back
-    return {
-        name: cast("zarr.Array[Any]", array.with_config(WHOLE)) for name, array in group.arrays()
-    }
+def every(
+    where: Place, path: str = "", *, mode: Literal["r", "r+"] = "r"
+) -> dict[str, zarr.Array[Any]]:
+    """All arrays of a store, or of a group in it, as they are now, by name.
+
+    What describes them is read here: `zarr.Group.arrays` takes twice as long.
+
+    Args:
+        where: The store.
+        path: Of a group in it.
+        mode: "r+" to write into them.
+
+    Raises:
+        StoreError: What describes one is damaged.
+    """
+    base = f"{path}/" if path else ""
+    names = sorted(where.children(path))
+    texts = where.read_all([f"{base}{name}/zarr.json" for name in names])
+    store = where.zarr
+    if not isinstance(store, Store):
+        store = LocalStore(store, read_only=mode == "r")
+    found = {}
+    for name, text in zip(names, texts, strict=True):
+        if text is None:
+            continue
+        try:
+            told = json.loads(text)
+            if told["node_type"] == "array":
+                # not by zarr's own settings: other threads have the same, and change them back
+                one = zarr.AsyncArray(told, StorePath(store, f"{base}{name}"), WHOLE)
+                found[name] = zarr.Array(one)
+        except Exception as error:  # zarr has many kinds
+            raise StoreError(
+                f"{where} is damaged: {base}{name}/zarr.json cannot be read ({error!s:.200}). "
+                "Restore that file from a copy."
+            ) from error
+    return found
+
+
+def together(arrays: Iterable[zarr.Array[Any]]) -> list[npt.NDArray[Any] | Exception]:
+    """All cells of some arrays, read at the same time; or why they cannot be read."""
+
+    async def read() -> list[Any]:
+        cells = (array.async_array.getitem(...) for array in arrays)
+        return await asyncio.gather(*cells, return_exceptions=True)
+
+    return [one if isinstance(one, Exception) else np.asarray(one) for one in sync(read())]
 
 
 def chunks_of(array: "zarr.Array[Any]") -> Iterator[str]:
@@ -184,11 +226,6 @@ def chunks_of(array: "zarr.Array[Any]") -> Iterator[str]:
     cut = array.shards or array.chunks
     for place in product(*(range(ceil(n / c)) for n, c in zip(array.shape, cut, strict=True))):
         yield "/".join(["c", *map(str, place)])
-
-
-def named(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """The array of this name."""
-    return cast("zarr.Array[Any]", group[name])
 
 
 def neighbours(places: npt.NDArray[np.integer[Any]]) -> slice | npt.NDArray[np.integer[Any]]:

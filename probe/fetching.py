@@ -23,6 +23,7 @@ from probe.sharding import ABSENT, JOB, Grid, decode, index
 
 THREADS = min(4, os.cpu_count() or 1)
 OPEN = 64  # shards at once
+FEW = 16 * 2**20  # raw bytes that one thread has sooner than several
 
 Array = npt.NDArray[Any]
 Cells = slice | Array
@@ -80,7 +81,7 @@ def fetch(
         ValueError: A shard is damaged.
         IndexError: There is no such place.
     """
-    asked = [np.atleast_1d(np.arange(n)[one]) for n, one in zip(shape, key, strict=True)]
+    asked = [_places(n, one) for n, one in zip(shape, key, strict=True)]
     out = np.zeros([len(one) for one in asked], grid.dtype)
     if grid.fill != 0:  # else pages are taken where something is written, by the threads
         out[...] = grid.fill
@@ -89,24 +90,44 @@ def fetch(
     )
     for start in range(0, len(shards), OPEN):
         some = shards[start : start + OPEN]
-        with ExitStack() as files, ThreadPoolExecutor(THREADS) as pool:
+        tiles = sum(prod(map(len, (pieces for _, pieces in shard))) for shard in some)
+        with ExitStack() as files:
             locate = partial(_locate, folder, grid, out, files)
-            jobs = chain.from_iterable((pool.map if len(some) > 1 else map)(locate, some))
-            for _ in pool.map(partial(_read, grid, out), jobs):
+            each: Any = map
+            if tiles * prod(grid.tile) * grid.dtype.itemsize > FEW:
+                each = files.enter_context(ThreadPoolExecutor(THREADS)).map
+            for _ in each(partial(_read, grid, out), chain.from_iterable(each(locate, some))):
                 pass
     single = tuple(n for n, one in enumerate(key) if isinstance(one, int | np.integer))
     return out.squeeze(single)
 
 
-def _pieces(places: Array, size: int, count: int) -> list[tuple[int, list[_Piece]]]:
+def _places(n: int, one: int | slice | Array) -> range | Array:
+    """What is asked along a dim of this length: neighbours as a range, which is cut at once."""
+    if isinstance(one, slice) and one.step in (None, 1):
+        return range(n)[one]
+    found: Array = np.arange(n)[one]
+    return range(int(found), int(found) + 1) if found.ndim == 0 else found
+
+
+def _pieces(places: range | Array, size: int, count: int) -> list[tuple[int, list[_Piece]]]:
     """What is asked along one dim: by shards of so many tiles, and by tiles of this size."""
-    tiles = places // size
-    order = np.argsort(tiles, kind="stable")
-    ends = np.flatnonzero(np.diff(tiles[order], prepend=-1))
     found = []
-    for where in np.split(order, ends)[1:]:
-        tile = int(tiles[where[0]])
-        found.append(_Piece(tile, neighbours(places[where] - tile * size), neighbours(where)))
+    if isinstance(places, range):
+        at = places.start
+        while at < places.stop:
+            corner = at // size * size
+            end = min(corner + size, places.stop)
+            out = slice(at - places.start, end - places.start)
+            found.append(_Piece(at // size, slice(at - corner, end - corner), out))
+            at = end
+    else:
+        tiles = places // size
+        order = np.argsort(tiles, kind="stable")
+        ends = np.flatnonzero(np.diff(tiles[order], prepend=-1))
+        for where in np.split(order, ends)[1:]:
+            tile = int(tiles[where[0]])
+            found.append(_Piece(tile, neighbours(places[where] - tile * size), neighbours(where)))
     return [(at, list(some)) for at, some in groupby(found, lambda piece: piece.tile // count)]
 
 

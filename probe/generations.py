@@ -13,7 +13,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import ZstdCodec
 
-from probe.arrays import WHOLE, chunks_of, every, named, opened
+from probe.arrays import WHOLE, chunks_of, every
 from probe.errors import StoreError
 from probe.places import Place
 from probe.schema import DONE, HEADS, TILE
@@ -88,7 +88,7 @@ def every_latest(place: Place) -> list[Generation]:
     Raises:
         StoreError: One is damaged, or problems that are done are in none.
     """
-    done = np.array(named(opened(place.zarr), "status")[...]) == DONE  # first: it grows
+    done = np.array(every(place)["status"][...]) == DONE  # first: it grows
     found = [one for one in (latest(place, part) for part in parts(place)) if one is not None]
     lost = lacking(done, found)
     if len(lost):
@@ -112,7 +112,7 @@ def write(place: Place, part: str, number: int, generation: Generation) -> list[
     for folder in (FOLDER, f"{FOLDER}/{part}", path):
         if not place.exists(f"{folder}/zarr.json"):
             zarr.create_group(place.zarr, path=folder)
-    group = opened(place.zarr, "r+", path)
+    group = zarr.open_group(place.zarr, path=path, mode="r+", zarr_format=3)
     keys = [f"{path}/zarr.json"]
     for name in NAMES:
         array = _create(group, name, getattr(generation, name))
@@ -144,7 +144,7 @@ def _create(group: zarr.Group, name: str, values: Array) -> "zarr.Array[Any]":
 
 def _read(place: Place, path: str) -> Generation:
     try:
-        arrays = every(opened(place.zarr, path=path))
+        arrays = every(place, path)
         for name in NAMES:
             for chunk in chunks_of(arrays[name]):
                 if not place.holds(f"{path}/{name}/{chunk}"):

@@ -1,8 +1,8 @@
 """Opening a store: everything lazy but labels, and what is damaged an error that says where."""
 
 import importlib.util
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import zarr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from probe.arrays import data_arrays, dims, every, opened
+from probe.arrays import data_arrays, dims, every, together
 from probe.errors import InputError, StoreError
 from probe.fetching import fetch
 from probe.places import Folder, Place, place
@@ -48,43 +48,34 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
     """
     if chunks not in (None, "shards"):
         raise InputError(f"chunks={chunks!r}. Choose 'shards', or None for no dask.")
+    if chunks and importlib.util.find_spec("dask") is None:
+        raise InputError("chunks='shards' needs dask. Install it: pip install attn-probe[dask]")
     where = place(path)
     attrs = attributes(where)
     if isinstance(where, Folder):
         where = Folder(where.path.absolute())  # what is read later is where it was
     try:
-        group = opened(where.zarr)
-        arrays = every(group)
+        arrays = every(where)
         require_all(where, attrs, arrays)
-        data = {name: arrays[name] for name in data_arrays(attrs)}
-        ours = [name for name, one in data.items() if one.dtype.kind in "fiu" and one.shards]
-        labels = {name: one for name, one in arrays.items() if name not in ours}
+        stored = [name for name in data_arrays(attrs) if _in_shards(arrays[name])]
+        labels = {name: one for name, one in arrays.items() if name not in stored}
         if attrs.get("whole_labels") and isinstance(where, Folder):  # elsewhere it would take long
             for name, one in labels.items():
                 require_held(where, name, one)
-        lazy = {name: _label(where, name, one) for name, one in labels.items()}
-        coords = attrs.pop("coordinates", "").split()
-        ds = xr.Dataset(lazy, attrs=attrs).set_coords([name for name in coords if name in lazy])
-        status = ds["status"].values
+        indexes = [name for name, one in labels.items() if dims(one) == (name,)]
+        first = _read(where, labels, [*indexes, "status"])
+        status = first.pop("status")  # read anew later: it changes while the store is written
+        found = {name: _label(where, name, one, first.get(name)) for name, one in labels.items()}
+        for name in stored:
+            found[name] = _data(where, name, arrays, status, attrs, chunks=chunks == "shards")
+        coords = {*attrs.pop("coordinates", "").split(), *indexes}
+        outer = {name: one for name, one in found.items() if name in coords}
+        inner = {name: found[name] for name in (*stored, *labels) if name not in outer}
+        ds = xr.Dataset(inner, outer, attrs)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise StoreError(
             f"{where} is damaged: its labels cannot be read ({error}). Restore it from a copy."
         ) from error
-    # stores of earlier versions have no file for shards that hold nothing
-    whole = bool(attrs.get("whole_shards"))
-    found = {}
-    for name in ours:
-        array = data[name]
-        stored = Stored(where, name, array, status, whole)
-        cut = dict(zip(dims(array), zip(array.shape, array.shards or (), strict=True), strict=True))
-        if "query" in cut and cut["query"][0] > cut["query"][1]:  # problems split by rows
-            stored.count_rows(ds["query_position"].values)
-        how = {"chunks": array.chunks, "shards": array.shards}
-        told = {} if array.dtype.kind == "u" else array.attrs.asdict()  # how to read its codes
-        found[name] = xr.Variable(dims(array), indexing.LazilyIndexedArray(stored), told, how)
-        if chunks:
-            found[name] = _chunked(found[name], array.shards or ())
-    ds = xr.Dataset(found | dict(ds.data_vars), ds.coords, ds.attrs)
     run = np.flatnonzero(status != EMPTY)
     if len(run) == len(status):
         return ds
@@ -93,19 +84,55 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
     return ds.isel(problem=run)
 
 
-def _label(where: Place, name: str, array: "zarr.Array[Any]") -> xr.Variable:
-    """A label array, lazy."""
-    how = {"chunks": array.chunks}
+def _in_shards(array: "zarr.Array[Any]") -> bool:
+    return array.dtype.kind in "fiu" and array.shards is not None
+
+
+def _read(
+    where: Place, arrays: Mapping[str, "zarr.Array[Any]"], names: Sequence[str]
+) -> dict[str, npt.NDArray[Any]]:
+    """All of some label arrays."""
+    found = dict(zip(names, together([arrays[name] for name in names]), strict=True))
+    for name, values in found.items():
+        if isinstance(values, Exception):
+            raise labels_damaged(where, name, values) from values
+    return cast("dict[str, npt.NDArray[Any]]", found)
+
+
+def _label(
+    where: Place, name: str, array: "zarr.Array[Any]", values: npt.NDArray[Any] | None
+) -> xr.Variable:
+    """A label array; lazy, if it has not been read."""
     axes = dims(array) or [f"{name}_{n}" for n in range(array.ndim)]  # somebody else's
-    data = indexing.LazilyIndexedArray(Label(where, name, array))
-    return xr.Variable(axes, data, array.attrs.asdict(), how)
+    data: Any = values
+    if values is None:
+        data = indexing.LazilyIndexedArray(Label(where, name, array))
+    return xr.Variable(axes, data, array.attrs.asdict(), {"chunks": array.chunks})
 
 
-def _chunked(array: xr.Variable, shards: tuple[int, ...]) -> xr.Variable:
-    if importlib.util.find_spec("dask") is None:
-        raise InputError("chunks='shards' needs dask. Install it: pip install attn-probe[dask]")
-    sizes = zip(array.dims, shards, array.shape, strict=True)
-    return array.chunk({dim: min(n, whole) for dim, n, whole in sizes})
+def _data(
+    where: Place,
+    name: str,
+    arrays: Mapping[str, "zarr.Array[Any]"],
+    status: npt.NDArray[Any],
+    attrs: Mapping[str, Any],
+    *,
+    chunks: bool,
+) -> xr.Variable:
+    """An array of data, lazy; perhaps with dask chunks that are its shards."""
+    array = arrays[name]
+    shards = array.shards or ()
+    # stores of earlier versions have no file for shards that hold nothing
+    stored = Stored(where, name, array, status, bool(attrs.get("whole_shards")))
+    cut = dict(zip(dims(array), zip(array.shape, shards, strict=True), strict=True))
+    if "query" in cut and cut["query"][0] > cut["query"][1]:  # problems split by rows
+        stored.count_rows(_read(where, arrays, ["query_position"])["query_position"])
+    how = {"chunks": array.chunks, "shards": array.shards}
+    told = {} if array.dtype.kind == "u" else array.attrs.asdict()  # how to read its codes
+    found = xr.Variable(dims(array), indexing.LazilyIndexedArray(stored), told, how)
+    if not chunks:
+        return found
+    return found.chunk({dim: min(n, whole) for dim, (whole, n) in cut.items()})
 
 
 class _Placed(BackendArray):

@@ -5,7 +5,6 @@ filled by a `Writer`, shard by shard.
 """
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from probe import disk, schema
-from probe.arrays import add_coordinate, lengths, make_arrays, write_labels
+from probe.arrays import add_coordinate, every, lengths, make_arrays, write_labels
 from probe.errors import StoreError
 from probe.ledger import owned
 from probe.opening import open
@@ -116,7 +115,7 @@ def create(
         made = Objects(MemoryStore())  # a third faster than in a folder
         group = zarr.create_group(made.store, zarr_format=3, attributes=about)
         make_arrays(group, arrays, layout, extent, loss=loss)
-        write_labels(group, labels, layers, heads, block=layout.block)
+        write_labels(made, labels, layers, heads, block=layout.block)
         for dim, values in (coords or {}).items():
             add_coordinate(group, dim, values)
         return made
@@ -238,7 +237,7 @@ def resume(
             f"cannot resume {where}, it was made with other settings: {'; '.join(different)}. "
             "Use the old settings, another store, or overwrite=True."
         )
-    count = json.loads(where.read("problem/zarr.json") or "")["shape"][0]
+    (count,) = every(where)["problem"].shape
     step, block = attrs["layout"]
     blocks = owned(count, block, part)
     if isinstance(where, Objects):

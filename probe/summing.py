@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from probe import disk, generations
-from probe.arrays import named, opened
+from probe.arrays import every
 from probe.generations import Generation
 from probe.line import Line
 from probe.schema import Labels
+from probe.stories import own_attributes
 from probe.writer import Writer
 
 Array = npt.NDArray[Any]
@@ -55,11 +56,11 @@ class SummaryWriter:
 
     def __init__(self, writer: Writer, part: tuple[int, int]) -> None:
         self._writer, self._place = writer, writer.place
-        group = opened(self._place.zarr)
+        arrays = every(self._place)
         names = ("query_position", "key_position")
-        self._positions = [np.array(named(group, name)[...]) for name in names]
-        self._causal = bool(group.attrs.get("causal", True))
-        sizes = [named(group, dim).shape[0] for dim in ("layer", "head", "query", "key")]
+        self._positions = [np.array(arrays[name][...]) for name in names]
+        self._causal = bool(own_attributes(self._place).get("causal", True))
+        sizes = [arrays[dim].shape[0] for dim in ("layer", "head", "query", "key")]
         self._part = f"{part[0]}-of-{part[1]}"
         self._loss = np.full(len(self._positions[0]), np.nan)
         self._members = np.zeros(len(self._loss), bool)

@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zarr
 
 from probe import disk, generations
-from probe.arrays import chunks_of, data_arrays, every, opened
+from probe.arrays import chunks_of, data_arrays, every
 from probe.errors import StoreError
 from probe.places import Folder, Objects, Place, place
 from probe.schema import COLUMNS, DONE, EMPTY, INDEXES
@@ -84,14 +84,7 @@ def verify(path: object, *, repair: bool = False) -> list[Damage]:
     attrs = attributes(where)
     release = _hold(where) if repair else (lambda: None)
     try:
-        mode: Literal["r", "r+"] = "r+" if repair else "r"
-        try:
-            arrays = every(opened(where.zarr, mode))
-        except Exception as error:  # zarr has many kinds
-            raise StoreError(
-                f"{where} is damaged: its arrays cannot be opened ({error!s:.200}). Restore the "
-                "zarr.json of each from a copy."
-            ) from error
+        arrays = every(where, mode="r+" if repair else "r")
         require_all(where, attrs, arrays)
         _require_labels(where, attrs, arrays)
         status = np.asarray(arrays["status"][...])

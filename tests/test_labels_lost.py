@@ -1,6 +1,7 @@
 """Labels that lost a file, store objects that cannot be written, and stores that are replaced."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,13 @@ def test_nothing_that_is_written_removes_a_label(path: Path) -> None:
     fill_again.close()
 
 
-@pytest.mark.filterwarnings("ignore:Object at")  # zarr leaves it out
-@pytest.mark.parametrize("name", ["pattern", "status", "token"])
-@pytest.mark.parametrize("text", ["{", "[]", '{"zarr_format": 3, "node_type": "array"}'])
+@pytest.mark.parametrize("name", ["pattern", "status", "token", "problem"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"zarr_format": 3, "node_type": "array"}'])
 def test_damaged_metadata_is_said(path: Path, name: str, text: str) -> None:
     (path / name / "zarr.json").write_text(text)
-    for read in (probe.open, probe.verify):
-        with pytest.raises(StoreError, match="is damaged"):
+    message = f"{path} is damaged: {name}/zarr.json cannot be read ("
+    for read in (probe.open, probe.verify, lambda path: store.resume(path, config=CONFIG)):
+        with pytest.raises(StoreError, match=f"{re.escape(message)}.*Restore that file from"):
             read(path)
 
 
