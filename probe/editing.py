@@ -20,6 +20,8 @@ def edited(call: AttentionCall, edits: Sequence[Add | Change]) -> AttentionCall:
 
     What was given is never written to: keys and values belong to the cache.
     """
+    if not edits:
+        return call
     for site, name in INPUTS.items():
         given = getattr(call, name)
         value, cut = changed(site, given.transpose(1, 2), edits)

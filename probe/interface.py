@@ -103,8 +103,8 @@ def _attend(
         out: tuple[Tensor, Tensor | None] = own(call.query, call.key, call.value, mask, **rest)
         return out
 
-    given = _call(implementation, module, query, key, value, attention_mask, kwargs)
-    given = replace(given, layer=listener.layer)
+    layer = listener.layer
+    given = _call(implementation, module, query, key, value, attention_mask, kwargs, layer)
     return listener.serve(given, kernel)
 
 
@@ -160,6 +160,7 @@ def _call(
     value: Tensor,
     mask: Any,
     kwargs: Mapping[str, Any],
+    layer: int = 0,
 ) -> AttentionCall:
     kind = masks.form(implementation)
     unread = ["cache"]
@@ -203,6 +204,7 @@ def _call(
         # eager and flex attention hide nothing by themselves
         causal=causal and implementation != "eager" and kind != "blocks",
         dropout=kwargs.get("dropout") or 0.0,
+        layer=layer,
     )
     bias = kwargs.get("position_bias")
     return call if bias is None else replace(call, mask=_biased(call, bias))
