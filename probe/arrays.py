@@ -192,7 +192,7 @@ def every(
     texts = where.read_all([f"{base}{name}/zarr.json" for name in names])
     store = where.zarr
     if not isinstance(store, Store):
-        store = LocalStore(store, read_only=mode == "r")
+        store = LocalStore(store.absolute(), read_only=mode == "r")
     found = {}
     for name, text in zip(names, texts, strict=True):
         if text is None:

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from probe import disk
-from probe.arrays import data_arrays, dims, every, label_columns
+from probe.arrays import data_arrays, dims, label_columns
 from probe.errors import InputError, StoreError
 from probe.places import Place
 from probe.schema import DONE, Labels
 from probe.sharding import Shard
-from probe.stories import own_attributes, require_all
+from probe.stories import described
 
 SECONDS = 1.0  # between two writings of the small arrays, at least
 SHARE = 30  # and so many times as long as one takes
@@ -74,9 +74,8 @@ class Ledger:
 
     def bind(self) -> None:
         """Open the arrays where the store is now."""
-        self.attrs: Mapping[str, Any] = own_attributes(self.place)
-        named = every(self.place, mode="r+")
-        require_all(self.place, self.attrs, named)
+        attrs, named = described(self.place, mode="r+")
+        self.attrs: Mapping[str, Any] = attrs
         # somebody may have added one without dims
         self.arrays = {name: one for name, one in named.items() if len(dims(one)) == one.ndim}
 

@@ -11,13 +11,13 @@ import zarr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from probe.arrays import data_arrays, dims, every, together
+from probe.arrays import data_arrays, dims, together
 from probe.errors import InputError, StoreError
 from probe.fetching import fetch
 from probe.places import Folder, Place, place
 from probe.schema import DONE, EMPTY, decoded
 from probe.sharding import expected, grid
-from probe.stories import attributes, require_all
+from probe.stories import described
 from probe.verifying import damage, labels_damaged, require_held
 
 
@@ -51,12 +51,10 @@ def open(path: object, *, chunks: Literal["shards"] | None = None) -> xr.Dataset
     if chunks and importlib.util.find_spec("dask") is None:
         raise InputError("chunks='shards' needs dask. Install it: pip install attn-probe[dask]")
     where = place(path)
-    attrs = attributes(where)
+    attrs, arrays = described(where)
     if isinstance(where, Folder):
         where = Folder(where.path.absolute())  # what is read later is where it was
     try:
-        arrays = every(where)
-        require_all(where, attrs, arrays)
         stored = [name for name in data_arrays(attrs) if _in_shards(arrays[name])]
         labels = {name: one for name, one in arrays.items() if name not in stored}
         if attrs.get("whole_labels") and isinstance(where, Folder):  # elsewhere it would take long

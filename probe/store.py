@@ -15,13 +15,13 @@ import zarr
 from zarr.storage import MemoryStore
 
 from probe import disk, schema
-from probe.arrays import add_coordinate, every, lengths, make_arrays, write_labels
+from probe.arrays import add_coordinate, lengths, make_arrays, write_labels
 from probe.errors import StoreError
 from probe.ledger import owned
 from probe.opening import open
 from probe.places import LOCKS, Folder, Objects, Place, place
 from probe.schema import Labels
-from probe.stories import attributes, differences, own_attributes, plain, story
+from probe.stories import described, differences, own_attributes, plain, story
 from probe.verifying import verify
 from probe.writer import Writer
 
@@ -230,16 +230,15 @@ def resume(
         []
     """
     where = place(path)
-    attrs = attributes(where)
+    attrs, arrays = described(where)
     different = differences(attrs.get("config"), plain(config, "config"))
     if different:
         raise StoreError(
             f"cannot resume {where}, it was made with other settings: {'; '.join(different)}. "
             "Use the old settings, another store, or overwrite=True."
         )
-    (count,) = every(where)["problem"].shape
     step, block = attrs["layout"]
-    blocks = owned(count, block, part)
+    blocks = owned(arrays["problem"].shape[0], block, part)
     if isinstance(where, Objects):
         release = where.lock(blocks)
     else:

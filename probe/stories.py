@@ -2,30 +2,36 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import xarray as xr
 import zarr
 
 from probe import schema
+from probe.arrays import every
 from probe.errors import InputError, StoreError
 from probe.places import Folder, Place
 
 
-def attributes(where: Place) -> dict[str, Any]:
-    """The attributes of a store that this version can read, and that has all its arrays.
+def described(
+    where: Place, *, mode: Literal["r", "r+"] = "r"
+) -> tuple[dict[str, Any], dict[str, "zarr.Array[Any]"]]:
+    """The attributes of a store that this version can read, and its arrays, of which none lacks.
+
+    Args:
+        where: The store.
+        mode: "r+" to write into the arrays.
 
     Raises:
         StoreError: There is no store, it is not ours, it is of a newer version, or it is damaged.
     """
     attrs = own_attributes(where)
-    found = attrs["schema"]
-    if found not in schema.SCHEMAS:
+    if attrs["schema"] not in schema.SCHEMAS:
         raise StoreError(
-            f"{where} has schema {found!r}, and this version reads {schema.SCHEMA!r}. "
+            f"{where} has schema {attrs['schema']!r}, and this version reads {schema.SCHEMA!r}. "
             "Upgrade with: pip install --upgrade attn-probe"
         )
     arrays, layout = attrs.get("arrays"), attrs.get("layout")
@@ -34,29 +40,15 @@ def attributes(where: Place) -> dict[str, Any]:
             f"{where} is damaged: the attributes in its zarr.json lack arrays or "
             "layout. Restore that file from a copy."
         )
-    there = (name for name in _names(attrs) if where.exists(f"{name}/zarr.json"))
-    require_all(where, attrs, there)
-    return attrs
-
-
-def require_all(where: Place, attrs: Mapping[str, Any], found: Iterable[str]) -> None:
-    """Refuse a store that lacks one of its arrays, or has one that zarr leaves out.
-
-    Raises:
-        StoreError: Which.
-    """
-    there = set(found)
-    if missing := [name for name in _names(attrs) if name not in there]:
+    found = every(where, mode=mode)
+    columns = (name for name in schema.COLUMNS if name != "loss")
+    needed = dict.fromkeys((*schema.INDEXES, *columns, *arrays))
+    if missing := [name for name in needed if name not in found]:
         raise StoreError(
             f"{where} is damaged: it lacks {', '.join(missing)}. "
             "Restore it from a copy, or make it anew with overwrite=True."
         )
-
-
-def _names(attrs: Mapping[str, Any]) -> list[str]:
-    """The arrays that a store must have."""
-    columns = (name for name in schema.COLUMNS if name != "loss")
-    return list(dict.fromkeys((*schema.INDEXES, *columns, *attrs["arrays"])))
+    return attrs, found
 
 
 def own_attributes(where: Place) -> dict[str, Any]:

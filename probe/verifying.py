@@ -10,12 +10,12 @@ import numpy as np
 import zarr
 
 from probe import disk, generations
-from probe.arrays import chunks_of, data_arrays, every
+from probe.arrays import chunks_of, data_arrays
 from probe.errors import StoreError
 from probe.places import Folder, Objects, Place, place
 from probe.schema import COLUMNS, DONE, EMPTY, INDEXES
 from probe.sharding import ABSENT, decode, expected, grid, index
-from probe.stories import attributes, require_all
+from probe.stories import described, own_attributes
 
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -81,11 +81,10 @@ def verify(path: object, *, repair: bool = False) -> list[Damage]:
         []
     """
     where = place(path)
-    attrs = attributes(where)
+    own_attributes(where)
     release = _hold(where) if repair else (lambda: None)
     try:
-        arrays = every(where, mode="r+" if repair else "r")
-        require_all(where, attrs, arrays)
+        attrs, arrays = described(where, mode="r+" if repair else "r")
         _require_labels(where, attrs, arrays)
         status = np.asarray(arrays["status"][...])
         if attrs.get("reduce") == "moments":

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from zarr.codecs import (
 )
 
 from probe import opening, store
-from probe.fetching import fetch
+from probe.fetching import FEW, fetch
 from probe.schema import problem_last
 from probe.sharding import Grid, grid, index
 from tests.stores import FULL, TINY, fill
@@ -67,13 +68,15 @@ def keys(n: int) -> st.SearchStrategy[Any]:
     return st.one_of(places, st.slices(n), st.lists(places, max_size=9).map(np.array))
 
 
+@pytest.mark.parametrize("few", [0, FEW])  # by threads, and by who asks
 @given(key=st.tuples(*map(keys, SHAPE)))
-def test_any_cells(made: tuple[Path, Grid, Array], key: Any) -> None:
+def test_any_cells(made: tuple[Path, Grid, Array], few: int, key: Any) -> None:
     folder, own, values = made
     key = tuple(k.astype(int) if isinstance(k, np.ndarray) else k for k in key)
     whole = np.ix_(*(np.atleast_1d(np.arange(n)[k]) for n, k in zip(SHAPE, key, strict=True)))
     single = tuple(axis for axis, k in enumerate(key) if isinstance(k, int))
-    found = fetch(folder, own, SHAPE, key)
+    with mock.patch("probe.fetching.FEW", few):
+        found = fetch(folder, own, SHAPE, key)
     assert found.dtype == values.dtype
     np.testing.assert_array_equal(found, values[whole].squeeze(single))
 
