@@ -188,24 +188,34 @@ def every(
         StoreError: What describes one is damaged.
     """
     base = f"{path}/" if path else ""
-    names = sorted(where.children(path))
-    texts = where.read_all([f"{base}{name}/zarr.json" for name in names])
+    names = sorted({*where.children(path)} - {"zarr.json"})
+    keys = [f"{base}zarr.json", *(f"{base}{name}/zarr.json" for name in names)]
+    try:
+        texts = where.read_all(keys)
+    except Exception as error:  # each kind of store has kinds of its own
+        raise StoreError(
+            f"what describes the arrays of {where} cannot be read ({error!s:.200}). Allow it, or "
+            "restore that file from a copy."
+        ) from error
     store = where.zarr
     if not isinstance(store, Store):
         store = LocalStore(store.absolute(), read_only=mode == "r")
     found = {}
-    for name, text in zip(names, texts, strict=True):
-        if text is None:
+    for key, name, text in zip(keys, [None, *names], texts, strict=True):
+        if text is None and name is not None:
             continue
         try:
-            told = json.loads(text)
-            if told["node_type"] == "array":
+            told = json.loads(text or "")
+            kind, version = told["node_type"], told["zarr_format"]
+            if name is None and (kind, version) != ("group", 3):
+                raise ValueError(f"a {kind!r} of zarr format {version!r}, not a 'group' of 3")
+            if name is not None and kind == "array":
                 # not by zarr's own settings: other threads have the same, and change them back
                 one = zarr.AsyncArray(told, StorePath(store, f"{base}{name}"), WHOLE)
                 found[name] = zarr.Array(one)
         except Exception as error:  # zarr has many kinds
             raise StoreError(
-                f"{where} is damaged: {base}{name}/zarr.json cannot be read ({error!s:.200}). "
+                f"{where} is damaged: {key} cannot be read ({error!s:.200}). "
                 "Restore that file from a copy."
             ) from error
     return found

@@ -151,6 +151,7 @@ def _read(place: Place, path: str) -> Generation:
                     raise StoreError(f"{path}/{name}/{chunk} is missing or empty")
         return Generation(*(np.array(arrays[name][...]) for name in NAMES))
     except Exception as error:  # zarr and each codec have kinds of their own
+        why = error.__cause__ or error  # it may have said already that the store is damaged
         raise StoreError(
-            f"{place} is damaged: the moments in {path} cannot be read ({error!s:.200}). {_MEND}"
+            f"{place} is damaged: the moments in {path} cannot be read ({why!s:.200}). {_MEND}"
         ) from error

@@ -94,11 +94,12 @@ class Folder:
     def read(self, key: str) -> bytes | None:
         try:
             return (self.path / key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return None
 
     def read_all(self, keys: Sequence[str]) -> list[bytes | None]:
-        return [self.read(key) for key in keys]
+        """Several; None for what is no file."""
+        return [self.read(key) if self.exists(key) else None for key in keys]
 
     def exists(self, key: str) -> bool:
         return (self.path / key).is_file()

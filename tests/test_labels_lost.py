@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from probe.model import Model
 from recipes.cli import app
 from tests.stores import CONFIG, TINY, fill
 
+READERS: list[Callable[[Any], object]] = [
+    probe.open,
+    probe.verify,
+    lambda path: store.resume(path, config=CONFIG).close(),
+]
 NAMES = [*schema.INDEXES, *(name for name in schema.COLUMNS if name != "problem")]
 
 
@@ -86,9 +92,45 @@ def test_nothing_that_is_written_removes_a_label(path: Path) -> None:
 def test_damaged_metadata_is_said(path: Path, name: str, text: str) -> None:
     (path / name / "zarr.json").write_text(text)
     message = f"{path} is damaged: {name}/zarr.json cannot be read ("
-    for read in (probe.open, probe.verify, lambda path: store.resume(path, config=CONFIG)):
+    for read in READERS:
         with pytest.raises(StoreError, match=f"{re.escape(message)}.*Restore that file from"):
             read(path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("node_type", "array"), ("zarr_format", 2)])
+def test_a_root_that_is_no_group_is_said(path: Path, name: str, value: object) -> None:
+    root = json.loads((path / "zarr.json").read_text())
+    (path / "zarr.json").write_text(json.dumps(root | {name: value}))
+    for read in READERS:
+        with pytest.raises(StoreError, match=r"zarr.json cannot be read \(a .*, not a 'group'"):
+            read(path)
+
+
+class Strict(LocalStore):
+    """Refuses keys below a file, as some buckets do, and one that is not allowed."""
+
+    async def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        if any((self.root / parent).is_file() for parent in Path(key).parents):
+            raise RuntimeError(f"{key}: not a directory")
+        if key == "token/zarr.json" and (self.root / "secret").exists():
+            raise RuntimeError(f"{key}: not allowed")
+        return await super().get(key, *args, **kwargs)
+
+
+def test_what_else_lies_in_a_store_does_no_harm(path: Path) -> None:
+    for read in READERS:
+        read(Strict(path))
+    (path / "mine" / "zarr.json").mkdir(parents=True)
+    (path / "mine.txt").write_text("a note")
+    for read in READERS:
+        read(path)
+
+
+def test_descriptions_that_may_not_be_read_are_said(path: Path) -> None:
+    (path / "secret").mkdir()
+    for read in READERS:
+        with pytest.raises(StoreError, match=r"cannot be read \(token/zarr.json: not allowed\)"):
+            read(Strict(path))
 
 
 @pytest.mark.parametrize(("name", "value"), [("arrays", None), ("layout", None), ("layout", [1])])
@@ -96,7 +138,7 @@ def test_damaged_attributes_are_said(path: Path, name: str, value: object) -> No
     root = json.loads((path / "zarr.json").read_text())
     root["attributes"][name] = value
     (path / "zarr.json").write_text(json.dumps(root))
-    for read in (probe.open, probe.verify, lambda path: store.resume(path, config=CONFIG)):
+    for read in READERS:
         with pytest.raises(StoreError, match=r"its zarr.json lack arrays or layout. Restore that"):
             read(path)
 

@@ -215,6 +215,16 @@ def test_a_lost_file_is_said_and_repaired(
     assert probe.verify(path) == []
 
 
+def test_a_damaged_group_of_moments_is_found(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    probe.capture(model, PROBLEMS, path, reduce="moments", **quietly)
+    (path / "moments/1-of-1/1/zarr.json").write_text("{")
+    (found,) = probe.verify(path)
+    assert "moments/1-of-1/1/zarr.json cannot be read" in found.reason
+    with pytest.raises(StoreError, match="the moments in moments/1-of-1/1 cannot be read"):
+        stored(path)
+
+
 def test_moments_that_are_gone_are_missed(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "m"
     probe.capture(model, PROBLEMS, path, reduce="moments", **quietly)
