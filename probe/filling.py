@@ -106,7 +106,7 @@ def _fill(
 
 def _quick(call: AttentionCall, out: Tensor) -> bool:
     """Whether `_lower` can fill this: items and heads of `out` can be one dim, of real numbers."""
-    flat = out.is_contiguous() or out.shape[1] == 1
+    flat = out.shape == call.shape and (out.is_contiguous() or out.shape[1] == 1)
     return flat and call.plain and on_cpu(call.query) and not torch.is_autocast_enabled("cpu")
 
 

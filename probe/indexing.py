@@ -28,10 +28,17 @@ def take(x: Tensor, index: Index, dim: int) -> Tensor:
 
 
 def positions(index: Index, size: int, device: torch.device) -> Tensor:
-    """What an index selects, as int64 positions."""
+    """What an index selects, as int64 positions.
+
+    Raises:
+        IndexError: A list names a place that is not there; negative ones are not.
+    """
     if isinstance(index, slice | None):
         start, stop, step = (index or slice(None)).indices(size)
         return torch.arange(start, max(start, stop), step, device=device)
+    if len(index) and not (min(index) >= 0 and max(index) < size):
+        wrong = next(i for i in index if not 0 <= i < size)
+        raise IndexError(f"index {wrong} is out of range: there are 0 to {size - 1}.")
     return torch.as_tensor(index, device=device, dtype=torch.long)
 
 

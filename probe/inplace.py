@@ -2,7 +2,10 @@
 
 from functools import lru_cache
 from math import prod
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,20 +21,19 @@ def hide_triangle(s: Tensor) -> None:
     The bits, as whole numbers, are kept between bounds that leave any of them, or only those of
     -inf. On a CPU that takes an eighth of the time of `masked_fill_`.
     """
-    least, most = _bounds(*s.shape[-2:], s.dtype)
+    least, most = map(torch.from_numpy, _bounds(*s.shape[-2:], s.itemsize))
     bits = s.view(least.dtype)
     torch.clamp(bits, least, most, out=bits)
 
 
 @lru_cache(maxsize=8)
-def _bounds(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    kind = torch.int32 if dtype == torch.float32 else torch.int64
-    with torch.device("cpu"):  # whatever the default is
-        hidden = torch.ones(rows, columns, dtype=torch.bool).triu()
-        minus_inf = torch.tensor(-torch.inf, dtype=dtype).view(kind)
-        least = torch.full((rows, columns), torch.iinfo(kind).min, dtype=kind)
-        most = torch.full((rows, columns), torch.iinfo(kind).max, dtype=kind)
-        return least.masked_fill_(hidden, minus_inf), most.masked_fill_(hidden, minus_inf)
+def _bounds(rows: int, columns: int, itemsize: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """NumPy's: what torch makes inside a mode (fake, functional) must not be kept for outside."""
+    number, whole = (np.float32, np.int32) if itemsize == 4 else (np.float64, np.int64)
+    hidden = np.triu(np.ones((rows, columns), bool))
+    minus_inf, kind = np.full((), -np.inf, number).view(whole), np.iinfo(whole)
+    least = np.where(hidden, minus_inf, whole(kind.min))
+    return least, np.where(hidden, minus_inf, whole(kind.max))
 
 
 def within(room: Tensor | None, *shape: int) -> Tensor | None:

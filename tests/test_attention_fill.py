@@ -108,13 +108,34 @@ def test_numbers_on_a_cpu_are_read_whatever_the_default_device() -> None:
     close(found, call.pattern())
 
 
-def test_fake_tensors_leave_nothing_behind() -> None:
+def test_modes_leave_nothing_behind() -> None:
     inplace._bounds.cache_clear()
-    with FakeTensorMode():
+    call, out = call_of(19, 19), torch.empty(2, 4, 19, 19)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         query = torch.empty(1, 2, 19, 4)
         fill(AttentionCall(query, query, query), torch.empty(1, 2, 19, 19))
-    call = call_of(19, 19)
+        fill(call, out)
     close(fill(call, torch.empty(2, 4, 19, 19)), call.pattern())
+    inplace._bounds.cache_clear()
+    torch.func.functionalize(lambda q: fill(replace(call, query=q), torch.empty(2, 4, 19, 19)))(
+        call.query
+    )
+    close(fill(call, torch.empty(2, 4, 19, 19)), call.pattern())
+
+
+def test_memory_of_another_shape_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="must match the existing size"):
+        fill(call_of(19, 19), torch.empty(4, 2, 19, 19))
+
+
+def test_places_that_are_not_there_are_said() -> None:
+    call = call_of(6, 6)
+    for keys in ([-1], [2, 6]):
+        with pytest.raises(IndexError, match=f"index {keys[-1]} is out of range: there are 0 to 5"):
+            fill(call, torch.empty(2, 4, 6, len(keys)), keys=keys)
+    for heads in ([-1], [4]):
+        with pytest.raises(IndexError, match=r"is out of range: there are 0 to 3."):
+            call.pattern(heads=heads)
 
 
 def test_columns_may_be_taken_in_steps() -> None:
