@@ -46,6 +46,10 @@ def fill(
     Returns:
         `out`.
 
+    Raises:
+        ValueError: `out` has another shape than is asked for.
+        IndexError: A list names a place that is not there.
+
     Example:
         >>> q = torch.zeros(1, 2, 3, 4)
         >>> fill(AttentionCall(q, q, q), torch.empty(1, 2, 3, 3, dtype=torch.float16))[0, 0, 1]
@@ -73,7 +77,12 @@ def _fill(
         return _lower(call, out, site, empty)
     chosen = None if queries is None else positions(queries, call.n_queries, out.device)
     columns = None if keys is None else positions(keys, call.n_keys, out.device)
-    batches, groups, rows = _tiles(call, out.shape[2])
+    n_rows = call.n_queries if chosen is None else len(chosen)
+    n_columns = call.n_keys if columns is None else len(columns)
+    asked = (*call.shape[:2], n_rows, n_columns)
+    if out.shape != asked:
+        raise ValueError(f"out has shape {tuple(out.shape)}, and {asked} is asked for.")
+    batches, groups, rows = _tiles(call, n_rows)
     exact = replace(call, query=wide(call.query), key=wide(call.key))
     # A product with keys that do not lie in order copies them for every tile, but for one item's.
     long = exact.key[:1].nbytes >= _MANY_KEYS

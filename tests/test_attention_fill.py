@@ -124,8 +124,9 @@ def test_modes_leave_nothing_behind() -> None:
 
 
 def test_memory_of_another_shape_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="must match the existing size"):
-        fill(call_of(19, 19), torch.empty(4, 2, 19, 19))
+    for shape in ((4, 2, 19, 19), (3, 4, 19, 19), (2, 5, 19, 19), (2, 4, 19, 20)):
+        with pytest.raises(ValueError, match=r"and \(2, 4, 19, 19\) is asked for"):
+            fill(call_of(19, 19), torch.empty(shape))
 
 
 def test_places_that_are_not_there_are_said() -> None:
