@@ -73,8 +73,6 @@ def _fill(
             _fill(call.head(h), out[:, i : i + 1], site, queries, keys, None)
         return out
     empty = 0.0 if site == "pattern" else -torch.inf
-    if queries is None and keys is None and _quick(call, out):
-        return _lower(call, out, site, empty)
     chosen = None if queries is None else positions(queries, call.n_queries, out.device)
     columns = None if keys is None else positions(keys, call.n_keys, out.device)
     n_rows = call.n_queries if chosen is None else len(chosen)
@@ -82,6 +80,8 @@ def _fill(
     asked = (*call.shape[:2], n_rows, n_columns)
     if out.shape != asked:
         raise ValueError(f"out has shape {tuple(out.shape)}, and {asked} is asked for.")
+    if chosen is None and columns is None and _quick(call, out):
+        return _lower(call, out, site, empty)
     batches, groups, rows = _tiles(call, n_rows)
     exact = replace(call, query=wide(call.query), key=wide(call.key))
     # A product with keys that do not lie in order copies them for every tile, but for one item's.
@@ -115,7 +115,7 @@ def _fill(
 
 def _quick(call: AttentionCall, out: Tensor) -> bool:
     """Whether `_lower` can fill this: items and heads of `out` can be one dim, of real numbers."""
-    flat = out.shape == call.shape and (out.is_contiguous() or out.shape[1] == 1)
+    flat = out.is_contiguous() or out.shape[1] == 1
     return flat and call.plain and on_cpu(call.query) and not torch.is_autocast_enabled("cpu")
 
 

@@ -81,7 +81,6 @@ def verify(path: object, *, repair: bool = False) -> list[Damage]:
         []
     """
     where = place(path)
-    own_attributes(where)
     release = _hold(where) if repair else (lambda: None)
     try:
         attrs, arrays = described(where, mode="r+" if repair else "r")
@@ -172,7 +171,8 @@ def require_held(where: Place, name: str, array: "zarr.Array[Any]") -> None:
 
 
 def _hold(where: Folder | Objects) -> Callable[[], None]:
-    """Keep writers out."""
+    """Keep writers out of a store."""
+    own_attributes(where)
     if isinstance(where, Folder):
         return disk.lock(where.path, where.path)
     return where.lock((), alone=True)
