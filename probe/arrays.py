@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from math import ceil
 from typing import Any, Literal
@@ -201,24 +202,34 @@ def every(
     if not isinstance(store, Store):
         store = LocalStore(store.absolute(), read_only=mode == "r")
     found = {}
-    for key, name, text in zip(keys, [None, *names], texts, strict=True):
-        if text is None and name is not None:
+    with _explained(where, keys[0]):
+        own = json.loads(texts[0] or "")
+        kind, version = own["node_type"], own["zarr_format"]
+        if (kind, version) != ("group", 3):
+            raise ValueError(f"a {kind!r} of zarr format {version!r}, not a 'group' of 3")
+    for name, key, text in zip(names, keys[1:], texts[1:], strict=True):
+        if text is None:
             continue
-        try:
-            told = json.loads(text or "")
-            kind, version = told["node_type"], told["zarr_format"]
-            if name is None and (kind, version) != ("group", 3):
-                raise ValueError(f"a {kind!r} of zarr format {version!r}, not a 'group' of 3")
-            if name is not None and kind == "array":
+        with _explained(where, key):
+            told = json.loads(text)
+            kind, _ = told["node_type"], told["zarr_format"]  # both must be said
+            if kind == "array":
                 # not by zarr's own settings: other threads have the same, and change them back
                 one = zarr.AsyncArray(told, StorePath(store, f"{base}{name}"), WHOLE)
                 found[name] = zarr.Array(one)
-        except Exception as error:  # zarr has many kinds
-            raise StoreError(
-                f"{where} is damaged: {key} cannot be read ({error!s:.200}). "
-                "Restore that file from a copy."
-            ) from error
     return found
+
+
+@contextmanager
+def _explained(where: Place, key: str) -> Iterator[None]:
+    """Say which description is damaged."""
+    try:
+        yield
+    except Exception as error:  # zarr has many kinds
+        raise StoreError(
+            f"{where} is damaged: {key} cannot be read ({error!s:.200}). "
+            "Restore that file from a copy."
+        ) from error
 
 
 def together(arrays: Iterable[zarr.Array[Any]]) -> list[npt.NDArray[Any] | Exception]:
