@@ -9,7 +9,7 @@ import argparse
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ OURS = "probe, capture"
 LONG = ("output_attentions=True", "forward hooks", "probe, run_with_cache", OURS)
 
 Figures = dict[str, Any]
+Found = Iterator[tuple[str, Any]]  # figures by name, each as soon as it is measured
 
 
 def at(length: int, repeats: int) -> tuple[Setting, int]:
@@ -36,9 +37,8 @@ def at(length: int, repeats: int) -> tuple[Setting, int]:
     return Setting(length=length, batch=1 if long else 2), max(3, repeats // 4) if long else repeats
 
 
-def table(options: argparse.Namespace, console: Console) -> Figures:
+def table(options: argparse.Namespace, console: Console) -> Found:
     """Every contender, workload and length; of long sequences those that fit in memory."""
-    found: Figures = {}
     for length in options.lengths:
         setting, repeats = at(length, options.repeats)
         long = length > 1024
@@ -47,44 +47,40 @@ def table(options: argparse.Namespace, console: Console) -> Figures:
             results = compared(
                 setting, workload, repeats=repeats, environments=options.environments, names=names
             )
-            found[f"{length} {workload}"] = {name: asdict(one) for name, one in results.items()}
-            report.show(console, f"{length} {workload}", found[f"{length} {workload}"])
-    return found
+            found = {name: asdict(one) for name, one in results.items()}
+            report.show(console, f"{length} {workload}", found)
+            yield f"{length} {workload}", found
 
 
-def rows(options: argparse.Namespace, console: Console) -> Figures:
+def rows(options: argparse.Namespace, console: Console) -> Found:
     """Ours, with more and more rows of 1,024."""
-    found: Figures = {}
     for n in ROWS:
         setting = Setting(rows=n)
         results = compared(setting, "rows", repeats=options.repeats, names=[OURS])
-        found[str(n)] = asdict(results[OURS])
-        report.show(console, f"{n} rows of 1024", {OURS: found[str(n)]})
-    return found
+        report.show(console, f"{n} rows of 1024", {OURS: asdict(results[OURS])})
+        yield str(n), asdict(results[OURS])
 
 
-def sizes(options: argparse.Namespace, console: Console) -> Figures:
+def sizes(options: argparse.Namespace, console: Console) -> Found:
     """Models from small to large, all patterns of 256 tokens."""
-    found: Figures = {}
     for layers, hidden in SIZES:
         setting = Setting(length=256, layers=layers, hidden=hidden)
         results = compared(
             setting, "full", repeats=options.repeats, environments=options.environments
         )
         title = f"{layers} layers x {hidden}"
-        found[title] = {name: asdict(one) for name, one in results.items()}
-        report.show(console, f"{title}, 256 tokens, full", found[title])
-    return found
+        found = {name: asdict(one) for name, one in results.items()}
+        report.show(console, f"{title}, 256 tokens, full", found)
+        yield title, found
 
 
-def memory(options: argparse.Namespace, console: Console) -> Figures:
+def memory(options: argparse.Namespace, console: Console) -> Found:
     """Peaks of a capture into a store: more and more layers, more and more problems.
 
     The least fill what waits to be written (32 MB) while the next batch of 8 is read. Each is the
     median of three processes.
     """
     del options
-    found: Figures = {}
     for what, values in (("layers", (12, 24, 48)), ("batch", (24, 48, 96))):
         for value in values:
             setting = Setting(length=512).but(**{what: value})
@@ -92,12 +88,15 @@ def memory(options: argparse.Namespace, console: Console) -> Figures:
                 compared(setting, "stored", repeats=0, names=[OURS], warmups=0)[OURS].peak
                 for _ in range(3)
             ]
-            found[f"{value} {'problems' if what == 'batch' else what}"] = statistics.median(peaks)
-    console.print({name: f"{peak / 1e6:.0f} MB" for name, peak in found.items()})
-    return found
+            name, peak = (
+                f"{value} {'problems' if what == 'batch' else what}",
+                statistics.median(peaks),
+            )
+            console.print(f"a capture of {name} into a store: {peak / 1e6:.0f} MB at the peak")
+            yield name, peak
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, Console], Figures]] = {
+PARTS: dict[str, Callable[[argparse.Namespace, Console], Found]] = {
     "tap": sides.tap,
     "table": table,
     "rows": rows,
@@ -133,11 +132,12 @@ def main() -> None:
         report.show_all(console, figures)
     for part in () if options.before else options.only:
         console.rule(f"{part}, {load()}")
-        figures.setdefault(part, {}).update(PARTS[part](options, console))
-        figures.setdefault("loads", {})[part] = load()
         figures["machine"] = f"{platform.machine()}, Python {platform.python_version()}"
-        if options.json:
-            options.json.write_text(json.dumps(figures, indent=1))
+        for name, found in PARTS[part](options, console):
+            figures.setdefault(part, {})[name] = found
+            figures.setdefault("loads", {})[part] = load()
+            if options.json:
+                options.json.write_text(json.dumps(figures, indent=1))
     report.targets(console, figures)
     if options.markdown:
         print(report.markdown(figures))

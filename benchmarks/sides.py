@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import probe
 from benchmarks.case import Setting
 from probe.tap import run
 
-Figures = dict[str, Any]
+Found = Iterator[tuple[str, float]]  # figures by name, each as soon as it is measured
 
 
 def _seconds(*ways: Callable[[], object], rounds: int = 200) -> list[float]:
@@ -28,7 +28,7 @@ def _seconds(*ways: Callable[[], object], rounds: int = 200) -> list[float]:
     return [statistics.median(own) for own in times]
 
 
-def tap(options: argparse.Namespace, console: Console) -> Figures:
+def tap(options: argparse.Namespace, console: Console) -> Found:
     """What a traced layer costs whose call is seen and nothing computed, and an idle tap."""
     del options
     torch.set_num_threads(1)
@@ -51,36 +51,32 @@ def tap(options: argparse.Namespace, console: Console) -> Figures:
             lambda: plain(ids, use_cache=False), lambda: idle.module(ids, use_cache=False),
             rounds=30,
         )  # fmt: skip
-    found = {"layer": (all_of_them - one) / (small.layers - 1) * 1e6, "idle": tapped / untapped}
-    console.print(
-        f"a traced layer {found['layer']:.0f} microseconds, an idle tap x {found['idle']:.3f}"
-    )
-    return found
+    cost, ratio = (all_of_them - one) / (small.layers - 1) * 1e6, tapped / untapped
+    console.print(f"a traced layer {cost:.0f} microseconds, an idle tap x {ratio:.3f}")
+    yield "layer", cost
+    yield "idle", ratio
 
 
-def sweep(options: argparse.Namespace, console: Console) -> Figures:
+def sweep(options: argparse.Namespace, console: Console) -> Found:
     """An ablation of every head, in L x H plain forwards of one problem: `benchmarks.sweep`."""
     from benchmarks.sweep import measured
 
     torch.set_num_threads(1)
-    found = {}
     for length in (64, 128, 256):
         _, ratios, _, _ = measured(Setting(length=length), max(2, options.repeats // 5))
-        found[f"{length} tokens"] = statistics.median(ratios)
-    console.print({name: f"{ratio:.2f} of L x H forwards" for name, ratio in found.items()})
-    return found
+        ratio = statistics.median(ratios)
+        console.print(f"{length} tokens: {ratio:.2f} of L x H forwards")
+        yield f"{length} tokens", ratio
 
 
-def latent(options: argparse.Namespace, console: Console) -> Figures:
+def latent(options: argparse.Namespace, console: Console) -> Found:
     """A latent capture, in inferences without one: `benchmarks.latent`."""
     from benchmarks.latent import captured
 
     torch.set_num_threads(1)
-    found = {}
     for batch in (1, 16):
         ratio, low, high = captured(
             "Llama (12 x 512)", batch, 32, max(3, options.repeats // 3), "segment:latent"
         )
-        found[f"batch {batch}"] = ratio
         console.print(f"latents, batch {batch}: x {ratio:.2f} ({low:.2f} - {high:.2f})")
-    return found
+        yield f"batch {batch}", ratio
