@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -76,9 +77,12 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("@"):
                 return cast("dict[str, Any]", json.loads(line[1:]))
+        code = self._process.wait()
+        if code < 0:
+            return {"error": f"{signal.Signals(-code).name}: killed; was there enough memory?"}
         self._errors.seek(0)
         said = [line for line in self._errors.read().splitlines() if line.strip()]
-        return {"error": said[-1] if said else f"exit {self._process.wait()}"}
+        return {"error": said[-1] if said else f"exit {code}"}
 
     def ask(self, what: str) -> dict[str, Any]:
         """Its answer to a line."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from probe.attention import AttentionCall, Site
-from probe.indexing import Index, bounds, positions, slices, wide
+from probe.indexing import Index, bounds, neighbours, positions, slices, wide
 from probe.inplace import hide_triangle, on_cpu, within
 from probe.matrices import Matrices, Readable
 
@@ -96,7 +96,7 @@ def _fill(
     for items, group in product(batches, groups):
         part = exact.part(items, group)
         for some in rows:
-            index = some if chosen is None else chosen[some].tolist()
+            index = some if chosen is None else neighbours(chosen[some].tolist())
             low, high = _reach(part, index)
             s = part.scores(queries=index, keys=slice(low, high), room=room)
             if site == "pattern":

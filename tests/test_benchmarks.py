@@ -1,5 +1,6 @@
 """What the benchmarks measure is right, and what they say follows from it."""
 
+import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.case import WORKLOADS, Case, Setting, UnsupportedError
 from benchmarks.contenders import CONTENDERS, hooks, huggingface, ours, source
-from benchmarks.field import WRONG, Result, compared
+from benchmarks.field import WRONG, Result, Worker, compared
 
 MODULES = {"huggingface": huggingface, "hooks": hooks, "source": source, "ours": ours}
 HERE = {name: one for name, one in CONTENDERS.items() if not one.environment}
@@ -59,6 +60,14 @@ def test_contenders_run_in_turn_and_the_wrong_one_is_not_timed(
     found = compared(SETTING, "full", repeats=1, names=["forward hooks"], warmups=0)
     assert found["forward hooks"].said == "SILENTLY WRONG by 0"
     assert not found["forward hooks"].pairs
+
+
+def test_a_contender_that_was_killed_says_so(weights: Path, tmp_path: Path) -> None:
+    one = CONTENDERS["forward hooks"]
+    worker = Worker(sys.executable, one, "full", SETTING, weights, tmp_path / "out")
+    worker._process.kill()
+    assert "SIGKILL" in worker.heard()["error"]
+    worker.close()
 
 
 def result(ratio: float, peak: float = 1.0) -> dict[str, Any]:
