@@ -2,7 +2,8 @@
 
 `--install` first makes virtual environments for TransformerLens and nnterp below `--environments`;
 those that are not there are left out, and said. Without `--only` all parts are measured, which
-takes about two hours; `--json` keeps the figures, from which `--from` prints and draws them again.
+takes more than three hours on one core; `--json` keeps each figure once it is measured, and
+`--from` prints and draws them again.
 """
 
 import argparse
