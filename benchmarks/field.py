@@ -78,8 +78,8 @@ class Worker:
             if line.startswith("@"):
                 return cast("dict[str, Any]", json.loads(line[1:]))
         code = self._process.wait()
-        if code < 0:
-            return {"error": f"{signal.Signals(-code).name}: killed; was there enough memory?"}
+        if code == -signal.SIGKILL:
+            return {"error": "killed (SIGKILL); was there enough memory?"}
         self._errors.seek(0)
         said = [line for line in self._errors.read().splitlines() if line.strip()]
         return {"error": said[-1] if said else f"exit {code}"}

@@ -69,7 +69,10 @@ def _fill(
     call: AttentionCall, out: Tensor, site: Site, queries: Index, keys: Index, heads: Index
 ) -> Tensor:
     if heads is not None:
-        for i, h in enumerate(call.head_list(heads)):
+        wanted = call.head_list(heads)
+        if out.shape[1] != len(wanted):
+            raise ValueError(f"out has {out.shape[1]} heads, and {len(wanted)} are asked for.")
+        for i, h in enumerate(wanted):
             _fill(call.head(h), out[:, i : i + 1], site, queries, keys, None)
         return out
     empty = 0.0 if site == "pattern" else -torch.inf
@@ -156,7 +159,9 @@ def _reach(call: AttentionCall, queries: Index) -> tuple[int, int]:
     first, stop = bounds(queries, call.n_queries)
     first, stop = first + call.diagonal, stop + call.diagonal
     low = 0 if call.window is None else max(0, first - call.window + 1)
-    ahead = 0 if call.causal else n_keys if call.window is None else call.window - 1
+    if not call.causal and call.window is None:
+        return 0, n_keys
+    ahead = 0 if call.causal or call.window is None else call.window - 1
     return min(low, n_keys), max(0, min(stop + ahead, n_keys))
 
 

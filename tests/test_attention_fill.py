@@ -268,3 +268,16 @@ def test_only_the_rows_asked_for_are_computed() -> None:
     with Largest() as made:
         call.pattern(queries=[255], heads=[2])
     assert made.multiplied == 2 * 256
+
+
+def test_more_rows_than_keys_of_a_model_that_sees_the_future() -> None:
+    query, key = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 1, 4)
+    call = AttentionCall(query, key, key, mask=torch.ones(1, 1, dtype=torch.bool), causal=False)
+    assert fill(call, torch.empty(1, 1, 3, 1)).flatten().tolist() == [1, 1, 1]
+    assert fill(call, torch.empty(1, 1, 1, 1), queries=[0]).item() == 1
+
+
+def test_memory_of_more_heads_than_are_asked_for_is_refused() -> None:
+    query = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="out has 3 heads, and 1 are asked for"):
+        fill(AttentionCall(query, query, query), torch.empty(1, 3, 3, 3), heads=[0])
