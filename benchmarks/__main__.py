@@ -10,10 +10,8 @@ import argparse
 import json
 import platform
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -21,15 +19,13 @@ from benchmarks import report, sides
 from benchmarks.case import WORKLOADS, Setting
 from benchmarks.contenders import CONTENDERS
 from benchmarks.field import compared, install, load
+from benchmarks.report import Figures, Found
 
 LENGTHS = (256, 1024, 4096)
 ROWS = (1, 32, 128, 256, 512, 1024)
 SIZES = ((4, 128), (12, 512), (12, 1024))  # layers, hidden
 OURS = "probe, capture"
 LONG = ("output_attentions=True", "forward hooks", "probe, run_with_cache", OURS)
-
-Figures = dict[str, Any]
-Found = Iterator[tuple[str, Any]]  # figures by name, each as soon as it is measured
 
 
 def at(length: int, repeats: int) -> tuple[Setting, int]:
@@ -48,9 +44,8 @@ def table(options: argparse.Namespace, console: Console) -> Found:
             results = compared(
                 setting, workload, repeats=repeats, environments=options.environments, names=names
             )
-            found = {name: asdict(one) for name, one in results.items()}
-            report.show(console, f"{length} {workload}", found)
-            yield f"{length} {workload}", found
+            title = f"{length} {workload}"
+            yield title, report.shown(console, title, results)
 
 
 def rows(options: argparse.Namespace, console: Console) -> Found:
@@ -58,8 +53,7 @@ def rows(options: argparse.Namespace, console: Console) -> Found:
     for n in ROWS:
         setting = Setting(rows=n)
         results = compared(setting, "rows", repeats=options.repeats, names=[OURS])
-        report.show(console, f"{n} rows of 1024", {OURS: asdict(results[OURS])})
-        yield str(n), asdict(results[OURS])
+        yield str(n), report.shown(console, f"{n} rows of 1024", results)[OURS]
 
 
 def sizes(options: argparse.Namespace, console: Console) -> Found:
@@ -70,9 +64,7 @@ def sizes(options: argparse.Namespace, console: Console) -> Found:
             setting, "full", repeats=options.repeats, environments=options.environments
         )
         title = f"{layers} layers x {hidden}"
-        found = {name: asdict(one) for name, one in results.items()}
-        report.show(console, f"{title}, 256 tokens, full", found)
-        yield title, found
+        yield title, report.shown(console, f"{title}, 256 tokens, full", results)
 
 
 def memory(options: argparse.Namespace, console: Console) -> Found:
@@ -89,10 +81,8 @@ def memory(options: argparse.Namespace, console: Console) -> Found:
                 compared(setting, "stored", repeats=0, names=[OURS], warmups=0)[OURS].peak
                 for _ in range(3)
             ]
-            name, peak = (
-                f"{value} {'problems' if what == 'batch' else what}",
-                statistics.median(peaks),
-            )
+            name = f"{value} {'problems' if what == 'batch' else what}"
+            peak = statistics.median(peaks)
             console.print(f"a capture of {name} into a store: {peak / 1e6:.0f} MB at the peak")
             yield name, peak
 

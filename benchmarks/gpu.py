@@ -7,7 +7,6 @@ memory.
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -41,8 +40,8 @@ def main() -> None:
                 setting, workload, repeats=options.repeats, environments=options.environments
             )
             key = f"{length} {workload}"
-            found[key] = {name: asdict(one) for name, one in results.items()}
-            report.show(console, f"{torch.cuda.get_device_name()}, {key}", found[key])
+            title = f"{torch.cuda.get_device_name()}, {key}"
+            found[key] = report.shown(console, title, results)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1))
 

@@ -1,6 +1,7 @@
 """Tables, targets and a plot of what `python -m benchmarks` has measured."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from benchmarks.field import CPU, WALL, Result
 
 Figures = dict[str, Any]
-
+Found = Iterator[tuple[str, Any]]  # figures by name, each as soon as it is measured
 
 COLUMNS = ("", "x CPU", "middle half", "x wall", "peak MB", "disk MB", "from eager")
 
@@ -43,6 +44,13 @@ def show(console: Console, title: str, found: Figures) -> None:
     for row in lines(found):
         table.add_row(*row)
     console.print(table)
+
+
+def shown(console: Console, title: str, results: Mapping[str, Result]) -> Figures:
+    """The same of what was just measured, which it returns as JSON has it."""
+    found = {name: asdict(one) for name, one in results.items()}
+    show(console, title, found)
+    return found
 
 
 def markdown(figures: Figures) -> str:

@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from rich.console import Console
 
 import probe
 from benchmarks.case import Setting
+from benchmarks.report import Found
 from probe.tap import run
-
-Found = Iterator[tuple[str, float]]  # figures by name, each as soon as it is measured
 
 
 def _seconds(*ways: Callable[[], object], rounds: int = 200) -> list[float]:

@@ -249,18 +249,6 @@ def chunks_of(array: "zarr.Array[Any]") -> Iterator[str]:
         yield "/".join(["c", *map(str, place)])
 
 
-def neighbours(places: npt.NDArray[np.integer[Any]]) -> slice | npt.NDArray[np.integer[Any]]:
-    """Places as an index: neighbours in order as a slice, which is copied many times as fast.
-
-    Example:
-        >>> neighbours(np.array([2, 3, 4]))
-        slice(2, 5, None)
-    """
-    if len(places) and (np.diff(places) == 1).all():
-        return slice(int(places[0]), int(places[-1]) + 1)
-    return places
-
-
 def dims(array: zarr.Array[Any]) -> tuple[str, ...]:
     """Names of an array's dims."""
     names = array.metadata.dimension_names if array.metadata.zarr_format == 3 else None

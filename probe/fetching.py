@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from probe.arrays import neighbours
+from probe.selection import neighbours
 from probe.sharding import ABSENT, JOB, Grid, decode, index
 
 THREADS = min(4, os.cpu_count() or 1)

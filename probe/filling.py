@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from probe.attention import AttentionCall, Site
-from probe.indexing import Index, bounds, neighbours, positions, slices, wide
+from probe.indexing import Index, bounds, positions, slices, wide
 from probe.inplace import hide_triangle, on_cpu, within
 from probe.matrices import Matrices, Readable
+from probe.selection import neighbours
 
 # (rows, bytes of float32 scores) of a tile: on a CPU it stays in a core's cache, on a GPU it keeps
 # the launches few.
@@ -62,27 +63,26 @@ def fill(
             assert seen.call is not None
             return _fill(seen.call, out, site, queries, keys, heads)
         read = seen.scores if site == "scores" else seen.pattern
-        return out.copy_(read(queries=queries, keys=keys, heads=heads))
+        found = read(queries=queries, keys=keys, heads=heads)
+        _require(out, tuple(found.shape))
+        return out.copy_(found)
 
 
 def _fill(
     call: AttentionCall, out: Tensor, site: Site, queries: Index, keys: Index, heads: Index
 ) -> Tensor:
-    if heads is not None:
-        wanted = call.head_list(heads)
-        if out.shape[1] != len(wanted):
-            raise ValueError(f"out has {out.shape[1]} heads, and {len(wanted)} are asked for.")
-        for i, h in enumerate(wanted):
-            _fill(call.head(h), out[:, i : i + 1], site, queries, keys, None)
-        return out
-    empty = 0.0 if site == "pattern" else -torch.inf
     chosen = None if queries is None else positions(queries, call.n_queries, out.device)
     columns = None if keys is None else positions(keys, call.n_keys, out.device)
     n_rows = call.n_queries if chosen is None else len(chosen)
     n_columns = call.n_keys if columns is None else len(columns)
-    asked = (*call.shape[:2], n_rows, n_columns)
-    if out.shape != asked:
-        raise ValueError(f"out has shape {tuple(out.shape)}, and {asked} is asked for.")
+    wanted = None if heads is None else call.head_list(heads)
+    n_heads = call.n_heads if wanted is None else len(wanted)
+    _require(out, (call.shape[0], n_heads, n_rows, n_columns))
+    if wanted is not None:
+        for i, h in enumerate(wanted):
+            _fill(call.head(h), out[:, i : i + 1], site, queries, keys, None)
+        return out
+    empty = 0.0 if site == "pattern" else -torch.inf
     if chosen is None and columns is None and _quick(call, out):
         return _lower(call, out, site, empty)
     batches, groups, rows = _tiles(call, n_rows)
@@ -114,6 +114,11 @@ def _fill(
                 tile.fill_(empty)
                 tile[..., inside] = s[..., columns[inside] - low].to(out.dtype)
     return out
+
+
+def _require(out: Tensor, asked: tuple[int, ...]) -> None:
+    if out.shape != asked:
+        raise ValueError(f"out has shape {tuple(out.shape)}, and {asked} is asked for.")
 
 
 def _quick(call: AttentionCall, out: Tensor) -> bool:
@@ -156,11 +161,11 @@ def _reach(call: AttentionCall, queries: Index) -> tuple[int, int]:
     if call.mask is not None and call.mask.ndim == 4:
         seen = call.keep(queries).flatten(0, 2).any(0).expand(n_keys).nonzero()
         return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+    if not call.causal and call.window is None:
+        return 0, n_keys
     first, stop = bounds(queries, call.n_queries)
     first, stop = first + call.diagonal, stop + call.diagonal
     low = 0 if call.window is None else max(0, first - call.window + 1)
-    if not call.causal and call.window is None:
-        return 0, n_keys
     ahead = 0 if call.causal or call.window is None else call.window - 1
     return min(low, n_keys), max(0, min(stop + ahead, n_keys))
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from probe.arrays import neighbours
 from probe.ledger import Ledger, Part
 from probe.schema import DONE
+from probe.selection import neighbours
 from probe.sharding import cast
 
 Array = npt.NDArray[Any]

@@ -42,17 +42,6 @@ def positions(index: Index, size: int, device: torch.device) -> Tensor:
     return torch.as_tensor(index, device=device, dtype=torch.long)
 
 
-def neighbours(places: list[int]) -> list[int] | slice:
-    """Places that are there as an index: neighbours in order as a slice, of which views are taken.
-
-    Example:
-        >>> neighbours([2, 3, 4])
-        slice(2, 5, None)
-    """
-    start, stop = (places[0], places[0] + len(places)) if places else (0, 0)
-    return slice(start, stop) if places == list(range(start, stop)) else places
-
-
 def bounds(index: Index, size: int) -> tuple[int, int]:
     """The smallest range [first, stop) that holds an index."""
     if isinstance(index, slice | None):

@@ -5,7 +5,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from numbers import Integral
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from probe.errors import InputError
 
@@ -17,6 +20,21 @@ Texts = Callable[..., Sequence[tuple[str, int]]]
 _SEGMENT = re.compile(r"([^\[\],]+)(?:\[(?:(-?\d+)|((-?\d*):(-?\d*)))\])?")
 _ENDS = re.compile(r"(first|last):([0-9]+)")
 _NAMED = ("segment:", "text:", "regex:")
+
+
+_Places = TypeVar("_Places", list[int], npt.NDArray[np.integer[Any]])
+
+
+def neighbours(places: _Places) -> slice | _Places:
+    """Places as an index: neighbours in order as a slice, of which a view is taken or a quick copy.
+
+    Example:
+        >>> neighbours([2, 3, 4])
+        slice(2, 5, None)
+    """
+    if len(places) and (np.diff(places) == 1).all():
+        return slice(int(places[0]), int(places[-1]) + 1)
+    return places
 
 
 def axis(selector: Selector, size: int, name: str) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ from typing import TypeVar
 import numpy as np
 import xarray as xr
 
-from probe.arrays import neighbours
 from probe.errors import InputError
+from probe.selection import neighbours
 
 _Data = TypeVar("_Data", xr.Dataset, xr.DataArray)
 

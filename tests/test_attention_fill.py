@@ -17,6 +17,7 @@ from probe import filling, inplace
 from probe.attention import AttentionCall
 from probe.filling import fill
 from probe.indexing import Index
+from probe.matrices import Matrices
 from tests.naive import SITES, Case, Site, call_of, cases, close, naive, pick, read
 
 
@@ -279,5 +280,9 @@ def test_more_rows_than_keys_of_a_model_that_sees_the_future() -> None:
 
 def test_memory_of_more_heads_than_are_asked_for_is_refused() -> None:
     query = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ValueError, match="out has 3 heads, and 1 are asked for"):
-        fill(AttentionCall(query, query, query), torch.empty(1, 3, 3, 3), heads=[0])
+    call = AttentionCall(query, query, query)
+    for seen in (call, Matrices({"pattern": call.pattern()})):
+        for heads in ([0], []):
+            asked = rf"has shape \(1, 3, 3, 3\), and \(1, {len(heads)}, 3, 3\) is asked for"
+            with pytest.raises(ValueError, match=asked):
+                fill(seen, torch.empty(1, 3, 3, 3), heads=heads)
