@@ -56,7 +56,7 @@ def sweep(path: Path, mine: Callable[[str, int], bool] | None = None) -> None:
         mine: Where others write as well, whether the file of an array that begins with this number
             is ours; all are, if it is not given.
     """
-    for file in path.rglob("*.partial"):
+    for file in _half_written(path):
         name, *_, chunk = [*file.relative_to(path).parts[:3], ""][:3]
         number = chunk.split(".")[0]
         if mine is None or (number.isdigit() and mine(name, int(number))):
@@ -69,6 +69,17 @@ def sweep(path: Path, mine: Callable[[str, int], bool] | None = None) -> None:
                 release = lock(folder, path)
                 shutil.rmtree(folder, ignore_errors=True)
                 release()
+
+
+def _half_written(path: Path) -> Iterator[Path]:
+    """Files that were not committed; other writers may remove folders of theirs meanwhile."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for folder, _, names in os.walk(path, onerror=refuse):
+        yield from (Path(folder, name) for name in names if name.endswith(".partial"))
 
 
 def lock(folder: Path, path: Path, blocks: Sequence[int] | None = None) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """Several writers of one store, each with its part; and stores that are not folders."""
 
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -81,6 +82,27 @@ def test_a_writer_leaves_what_is_not_its_own(path: Path) -> None:
         leftover.write_text("another writer is at it")
     store.resume(path, config=CONFIG, part=(2, 2)).close()
     assert leftover.exists()
+
+
+def test_a_writer_may_remove_a_folder_while_another_looks_for_leftovers(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with create(path, MANY["full"], part=(1, 2)):
+        gone, left = path / "pattern/c/0/0", path / "pattern/c/15/0.0123.partial"
+        for folder in (gone, left.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        left.write_text("of a dead writer of part 2")
+        scandir = os.scandir
+
+        def late(folder: Any) -> Any:
+            if str(folder) == str(gone):  # it was there when its parent was listed
+                gone.rmdir()
+            return scandir(folder)
+
+        monkeypatch.setattr(os, "scandir", late)
+        store.resume(path, config=CONFIG, part=(2, 2)).close()
+        assert not gone.exists()
+        assert not left.exists()
 
 
 def test_writers_that_would_overlap_are_refused(path: Path) -> None:
