@@ -16,7 +16,6 @@ class Arrivals:
 
     Attributes:
         parts: By their first problem.
-        all_layers: A bit for each layer.
         taken: For each problem, whether it is done, on the disk or on its way there.
     """
 
@@ -24,7 +23,6 @@ class Arrivals:
         self._ledger = ledger
         self.parts: dict[int, Part] = {}
         self.taken = ledger.status == DONE
-        self.all_layers = (1 << ledger.sizes["layer"]) - 1
         self._known = ledger.rows.copy(), ledger.columns.copy()
 
     def part(self, index: int) -> Part:
@@ -75,8 +73,35 @@ class Arrivals:
         self._ledger.rows[index], self._ledger.columns[index] = rows, columns
         part.labels[index] = labels
 
+    def note(self, part: Part, index: int, name: str, layer: int | None, stop: int | None) -> None:
+        """Remember how far the rows of a layer, or of all layers, have come; None: all have."""
+        stop = int(self._ledger.rows[index]) if stop is None else stop
+        layers = range(self._ledger.sizes["layer"]) if layer is None else (layer,)
+        part.came.setdefault(index, {}).setdefault(name, {}).update(dict.fromkeys(layers, stop))
+
+    def layers(self, part: Part, index: int, name: str) -> int:
+        """How many layers of a problem have come, with all their rows."""
+        came = part.came.get(index, {}).get(name, {})
+        return sum(stop == self._ledger.rows[index] for stop in came.values())
+
+    def require_next(
+        self, part: Part, index: int, name: str, layer: int | None, row: int, tall: int
+    ) -> None:
+        """Refuse a row that is not the next of a layer."""
+        came = 0 if layer is None else part.came.get(index, {}).get(name, {}).get(layer, 0)
+        if row != came or row % tall:
+            raise InputError(
+                f"row {row} of {name}, problem {self._ledger.ids[index]!r}, layer {layer}, came "
+                f"after {came} rows. Put rows in order, {tall} at once."
+            )
+
     def require_fit(
-        self, indices: Sequence[int], name: str, values: npt.NDArray[Any], layer: int | None
+        self,
+        indices: Sequence[int],
+        name: str,
+        values: npt.NDArray[Any],
+        layer: int | None,
+        row: int | None,
     ) -> None:
         """Refuse values of another shape, or that the stored dtype cannot hold."""
         ledger, axes = self._ledger, self._ledger.axes[name][1:]
@@ -87,9 +112,14 @@ class Arrivals:
         extents = zip(ledger.rows[some].tolist(), ledger.columns[some].tolist(), strict=True)
         for index in dict(zip(extents, some, strict=True)).values():  # the first of each extent
             expected = ledger.shape(name, index)
+            sizes = dict(zip(axes, expected, strict=True))
             if layer is not None:
-                pairs = zip(axes, expected, strict=True)
-                expected = tuple(1 if dim == "layer" else n for dim, n in pairs)
+                sizes["layer"] = 1
+            if row is not None and values.ndim == len(axes) + 1:
+                given = dict(zip(axes, values.shape[1:], strict=True))
+                sizes["query"] = min(given["query"], sizes["query"] - row)
+                sizes["key"] = min(given["key"], sizes["key"])
+            expected = tuple(sizes.values())
             if values.shape[1:] != expected:
                 raise InputError(
                     f"{name} of problem {ledger.ids[index]!r} has shape {values.shape[1:]}. "

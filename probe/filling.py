@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from probe.attention import AttentionCall, Site
-from probe.indexing import Index, bounds, positions, slices, wide
+from probe.indexing import Index, bounds, positions, slices, unbroken, wide
 from probe.inplace import hide_triangle, on_cpu, within
 from probe.matrices import Matrices, Readable
 from probe.selection import neighbours
@@ -72,9 +72,10 @@ def _fill(
     call: AttentionCall, out: Tensor, site: Site, queries: Index, keys: Index, heads: Index
 ) -> Tensor:
     chosen = None if queries is None else positions(queries, call.n_queries, out.device)
-    columns = None if keys is None else positions(keys, call.n_keys, out.device)
+    columns = None if unbroken(keys) else positions(keys, call.n_keys, out.device)
+    left, right = bounds(keys, call.n_keys)
     n_rows = call.n_queries if chosen is None else len(chosen)
-    n_columns = call.n_keys if columns is None else len(columns)
+    n_columns = right - left if columns is None else len(columns)
     wanted = None if heads is None else call.head_list(heads)
     n_heads = call.n_heads if wanted is None else len(wanted)
     _require(out, (call.shape[0], n_heads, n_rows, n_columns))
@@ -83,8 +84,8 @@ def _fill(
             _fill(call.head(h), out[:, i : i + 1], site, queries, keys, None)
         return out
     empty = 0.0 if site == "pattern" else -torch.inf
-    if chosen is None and columns is None and _quick(call, out):
-        return _lower(call, out, site, empty)
+    if _quick(call, out, queries, keys):
+        return _lower(call, out, site, empty, bounds(queries, call.n_queries)[0])
     batches, groups, rows = _tiles(call, n_rows)
     exact = replace(call, query=wide(call.query), key=wide(call.key))
     # A product with keys that do not lie in order copies them for every tile, but for one item's.
@@ -106,9 +107,10 @@ def _fill(
                 s = part.normalise(s, quick=True)
             tile = out[items, call.head_slice(group), some]
             if columns is None:
-                tile[..., :low] = empty
-                tile[..., low:high] = s
-                tile[..., high:] = empty
+                first, stop = (min(max(at, left), right) for at in (low, high))
+                tile[..., : first - left] = empty
+                tile[..., first - left : stop - left] = s[..., first - low : stop - low]
+                tile[..., stop - left :] = empty
             else:
                 inside = ((columns >= low) & (columns < high)).nonzero()[:, 0]
                 tile.fill_(empty)
@@ -116,36 +118,62 @@ def _fill(
     return out
 
 
+def hides_future(seen: Readable, site: Site) -> bool:
+    """Whether nothing is known to lie beyond the diagonal; not where a model or a user says it."""
+    call = seen.call if isinstance(seen, Matrices) and site not in seen.full else seen
+    if not isinstance(call, AttentionCall) or (call.mask is not None and call.mask.ndim == 4):
+        return False
+    return call.causal and call.n_queries == call.n_keys
+
+
+def laid(seen: Readable) -> Readable:
+    """The same, of which `fill` need not convert or copy queries and keys again and again."""
+    if not isinstance(seen, AttentionCall):
+        return seen
+    return replace(seen, query=wide(seen.query), key=wide(seen.key).contiguous())
+
+
 def _require(out: Tensor, asked: tuple[int, ...]) -> None:
     if out.shape != asked:
         raise ValueError(f"out has shape {tuple(out.shape)}, and {asked} is asked for.")
 
 
-def _quick(call: AttentionCall, out: Tensor) -> bool:
-    """Whether `_lower` can fill this: items and heads of `out` can be one dim, of real numbers."""
-    flat = out.is_contiguous() or out.shape[1] == 1
-    return flat and call.plain and on_cpu(call.query) and not torch.is_autocast_enabled("cpu")
+def _quick(call: AttentionCall, out: Tensor, queries: Index, keys: Index) -> bool:
+    """Whether `_lower` can fill this: neighbouring rows, and all the keys that they see.
 
-
-def _lower(call: AttentionCall, out: Tensor, site: Site, empty: float) -> Tensor:
-    """All rows and keys of a plain call, as `scores` and `pattern` give them (to 5e-7 in float32).
-
-    With less to decide for every tile, which takes a fifth of the time of short sequences.
+    Items and heads of `out` can be one dim, of real numbers.
     """
-    n, share, width = call.n_queries, call.share, call.query.shape[-1]
+    if not (call.plain and on_cpu(call.query)) or torch.is_autocast_enabled("cpu"):
+        return False
+    rows, columns = bounds(queries, call.n_queries), bounds(keys, call.n_keys)
+    neighbours = unbroken(queries) and unbroken(keys) and columns[0] == 0 and rows[1] <= columns[1]
+    # else the keys are copied for one tile
+    worth = rows == (0, call.n_queries) or rows[1] - rows[0] > _TILES["cpu"][0]
+    return neighbours and worth and (out.is_contiguous() or out.shape[1] == 1)
+
+
+def _lower(call: AttentionCall, out: Tensor, site: Site, empty: float, first: int) -> Tensor:
+    """Rows of a plain call from the first on, as `scores` and `pattern` give them.
+
+    To 5e-7 in float32. With less to decide for every tile, which takes a fifth of the time of short
+    sequences.
+    """
+    n_rows, n = out.shape[2:]
+    share, width = call.share, call.query.shape[-1]
     k = wide(call.key).contiguous().flatten(0, 1).transpose(1, 2)
-    q = (wide(call.query) * call.factor).reshape(len(k), share, n, width)
-    pairs = out.view(len(k), share, n, n)  # of an item and a key head
-    batches, groups, tiles = _tiles(call, n)
+    q = wide(call.query[:, :, first : first + n_rows]) * call.factor
+    q = q.reshape(len(k), share, n_rows, width)
+    pairs = out.view(len(k), share, n_rows, n)  # of an item and a key head
+    batches, groups, tiles = _tiles(call, n_rows)
     step = _largest(batches, groups)
     room = q.new_empty(_largest(batches, groups, tiles) * share * n)
     for some in slices(len(k), step):
         for rows in tiles:
-            high, count = rows.stop, rows.stop - rows.start
+            high, count = first + rows.stop, rows.stop - rows.start
             asked = q[some, :, rows].reshape(-1, share * count, width)
             s = torch.bmm(asked, k[some, :, :high], out=within(room, *asked.shape[:2], high))
             s = s.view(-1, share, count, high)
-            hide_triangle(s[..., rows.start + 1 :])
+            hide_triangle(s[..., high - count + 1 :])
             if site == "pattern":
                 s = call.normalise(s, quick=True)
             tile = pairs[some, :, rows]

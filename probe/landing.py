@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_DEPTH = 2  # copies on their way: the device's memory holds no more layers than that
+_BYTES = 1 << 28  # on their way at most, which the device's memory holds, but two tensors always
 
 Array = npt.NDArray[Any]
 
@@ -43,7 +43,7 @@ class Landing:
             here.copy_(there, non_blocking=True)
         there.record_stream(stream)  # its memory is not used again before it is copied
         self._coming.append((stream.record_event(), here, then))
-        if len(self._coming) > _DEPTH:
+        while len(self._coming) > 2 and sum(one.nbytes for _, one, _ in self._coming) > _BYTES:
             self._hand_on()
 
     def finish(self) -> None:

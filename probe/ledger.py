@@ -33,7 +33,7 @@ class Part:
     piles: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)  # cells, what they hold
     blocks: dict[str, Array] = field(default_factory=dict)  # what zarr writes by itself
     shards: dict[tuple[str, tuple[int, ...]], Shard] = field(default_factory=dict)  # on their way
-    came: dict[int, dict[str, int]] = field(default_factory=dict)  # a bit for each layer
+    came: dict[int, dict[str, dict[int, int]]] = field(default_factory=dict)  # rows of each layer
     labels: dict[int, Labels] = field(default_factory=dict)
     arrived: dict[int, tuple[int, float, str]] = field(default_factory=dict)  # status, loss, error
     missing: int = 0  # how many were not done when this was begun

@@ -12,8 +12,8 @@ from torch import Tensor
 from probe.attention import Site
 from probe.envoys import AttentionEnvoy
 from probe.errors import InputError
-from probe.filling import fill
-from probe.indexing import take
+from probe.filling import fill, hides_future, laid
+from probe.indexing import slices, take
 from probe.interventions import Intervention, of_items
 from probe.landing import Landing
 from probe.loss import logits_of, next_token_nll
@@ -23,6 +23,7 @@ from probe.planning import continued
 from probe.plans import Item, Plan
 from probe.reducing import apply
 from probe.running import Into, Reading
+from probe.selection import neighbours
 from probe.tap import run
 
 
@@ -62,27 +63,30 @@ def read(
     landing = Landing()
 
     def visit(layer: int, attention: AttentionEnvoy) -> None:
-        seen = attention.seen
         place = todo.layers.index(layer)
         for which, alike in groups:
-            part = seen.cut(which, alike[0].length)
+            part = attention.seen.cut(which, alike[0].length)
             own = range(which.start, which.stop)
             for site in todo.matrices:
-                shape = (len(alike), len(todo.heads), len(alike[0].queries), len(alike[0].keys))
-                out = torch.empty(shape, dtype=dtype, device=part.device)
-                _fill(part, site, out, alike[0], heads)
-                if isinstance(todo.reduce, Mapping):
-                    for name, metric in todo.reduce.items():
-                        into.put(own, name, apply(metric, out, alike), place)
-                else:
-                    landing.bring(out, partial(into.put, own, site, layer=place))
+                tall = None if todo.reduce else into.tall(site)
+                for row, seen, queries, keys in _pieces(part, site, alike[0], tall):
+                    shape = (len(alike), len(todo.heads), len(queries), len(keys))
+                    out = torch.empty(shape, dtype=dtype, device=part.device)
+                    rows, columns = neighbours([*queries]), neighbours([*keys])
+                    fill(seen, out, site, queries=rows, keys=columns, heads=heads)
+                    if isinstance(todo.reduce, Mapping):
+                        for name, metric in todo.reduce.items():
+                            into.put(own, name, apply(metric, out, alike), place)
+                    else:
+                        then = partial(into.put, own, site, layer=place, row=row)
+                        landing.bring(out, then)
         if "z" in todo.sites:
             z = attention.z
             for which, alike in groups:
-                rows = take(take(z[which], alike[0].queries, 1), heads, 2)
-                rows = rows.to(dtype, copy=True)  # the model goes on with its own
+                some = take(take(z[which], alike[0].queries, 1), heads, 2)
+                some = some.to(dtype, copy=True)  # the model goes on with its own
                 own = range(which.start, which.stop)
-                landing.bring(rows, partial(into.put, own, "z", layer=place))
+                landing.bring(some, partial(into.put, own, "z", layer=place))
 
     with model.tap.watch.on(*ones, prompt=prompts, length=lengths):
         layers = tuple(sorted(todo.layers))
@@ -185,14 +189,25 @@ def _alike(items: Sequence[Item]) -> Iterator[tuple[slice, list[Item]]]:
         start += len(alike)
 
 
-def _fill(
-    seen: Readable, site: Site, out: Tensor, item: Item, heads: tuple[int, ...] | None
-) -> None:
-    """A layer, computed where the model is."""
-    everything = tuple(range(item.length))
-    queries = None if item.queries == everything else item.queries
-    keys = None if item.keys == everything else item.keys
-    fill(seen, out, site, queries=queries, keys=keys, heads=heads)
+# First of the stored rows, where they are read from, tokens of the rows and of the keys.
+Piece = tuple[int | None, Readable, tuple[int, ...], tuple[int, ...]]
+
+
+def _pieces(seen: Readable, site: Site, item: Item, tall: int | None) -> Iterator[Piece]:
+    """A layer's matrices, cut into so many rows that are computed and brought home together.
+
+    Without the keys that none of these rows can see, since stores hold nothing there; or whole.
+    """
+    if tall is None:
+        yield None, seen, item.queries, item.keys
+        return
+    triangle = item.keys == tuple(range(item.length)) and hides_future(seen, site)
+    cut = slices(len(item.queries), tall) or [slice(0, 0)]
+    seen = laid(seen) if len(cut) > 1 else seen
+    for rows in cut:
+        queries = item.queries[rows]
+        n_keys = max(queries, default=-1) + 1 if triangle else len(item.keys)
+        yield rows.start, seen, queries, item.keys[:n_keys]
 
 
 def logits(model: Model, items: Sequence[Item], *interventions: Intervention) -> Tensor:

@@ -90,13 +90,24 @@ class Into:
         if self.batch[n] in self.pending:
             self.writer.begin(self.batch[n], labels)
 
-    def put(self, some: Sequence[int], name: str, values: npt.NDArray[Any], layer: int) -> None:
+    def tall(self, name: str) -> int:
+        """See `Writer.tall`."""
+        return int(self.writer.tall(name))
+
+    def put(
+        self,
+        some: Sequence[int],
+        name: str,
+        values: npt.NDArray[Any],
+        layer: int,
+        row: int | None = None,
+    ) -> None:
         """One layer of neighbours in the batch, alike in rows and columns: see `Writer.put`."""
         kept = [n for n, at in enumerate(some) if self.batch[at] in self.pending]
         if kept:
             indices = [self.batch[some[n]] for n in kept]
             some_values = values if len(kept) == len(some) else values[kept]
-            self.writer.put(indices, name, some_values, layer)
+            self.writer.put(indices, name, some_values, layer, row)
 
 
 def require(

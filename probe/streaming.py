@@ -29,6 +29,11 @@ class Streams:
         self._ledger, self._line = ledger, line
         self._open: set[Shard] = set()
 
+    def rows(self, name: str) -> int | None:
+        """Rows of a tile of matrices that go to their shards as they come."""
+        grid = self.grids[name] if self.takes(name) else None
+        return None if grid is None else grid.tile[self._ledger.axes[name].index("query")]
+
     def takes(self, name: str) -> bool:
         """Whether an array goes to its shard as it comes: its tiles hold one problem, one layer."""
         grid, axes = self.grids[name], self._ledger.axes[name]

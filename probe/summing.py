@@ -90,9 +90,11 @@ class SummaryWriter:
         seen = key <= query[:, None] if self._causal else np.ones((len(query), len(key)), bool)
         self._layers[index], self._cells[index] = {}, seen
 
-    def put(self, indices: Sequence[int], name: str, values: Array, layer: int) -> None:
-        """As `Writer.put`; layers are held until the problem is done."""
-        del name
+    def put(
+        self, indices: Sequence[int], name: str, values: Array, layer: int, row: None = None
+    ) -> None:
+        """As `Writer.put`, but for whole layers; they are held until the problem is done."""
+        del name, row
         for index, one in zip(indices, values, strict=True):
             self._layers[index][layer] = one
 

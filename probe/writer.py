@@ -156,8 +156,17 @@ class Writer:
         if labels is not None:
             self._arrivals.relabel(part, index, labels)
 
+    def tall(self, name: str) -> int:
+        """How many rows of a matrix `put` takes at once, where it is not put whole."""
+        return self._streams.rows(name) or self._ledger.sizes["query"]
+
     def put(
-        self, indices: Sequence[int], name: str, values: Array, layer: int | None = None
+        self,
+        indices: Sequence[int],
+        name: str,
+        values: Array,
+        layer: int | None = None,
+        row: int | None = None,
     ) -> None:
         """Take one array of some problems with the same rows and columns, or one layer of it.
 
@@ -167,6 +176,9 @@ class Writer:
             values: Its dims, `problem` first, with only the rows and columns that they have, and
                 without `layer` if one is given. They must not change afterwards.
             layer: Which one, counted from 0 among those of the store.
+            row: The first, where values are some rows of a layer's matrices and as many of their
+                keys as may hold something: the others stay empty. Rows come in order, as many at
+                once as `tall` says.
 
         Raises:
             InputError: Something does not fit the store.
@@ -182,24 +194,25 @@ class Writer:
                 f"{name} of {len(values)} problems came for {len(indices)}. Give one for each."
             )
         axes = self._ledger.axes[name]
-        first, layers = 0, self._arrivals.all_layers
         if layer is not None:
-            first, layers = layer, 1 << max(layer, 0)
             values = np.expand_dims(values, axes.index("layer"))
+        first = {"layer": layer or 0, "query": row or 0}
+        stop = None if row is None else row + values.shape[axes.index("query")]
         for _, some in groupby(enumerate(indices), lambda pair: pair[1] // self._ledger.step):
             where, which = zip(*some, strict=True)
             own = values[where[0] : where[-1] + 1]
             for index in which:
                 part = self._part(index)  # of all of them
-            self._arrivals.require_fit(which, name, own, layer)
-            corner = [first if dim == "layer" else 0 for dim in axes[1:]]
+                if row:
+                    self._arrivals.require_next(part, index, name, layer, row, self.tall(name))
+            self._arrivals.require_fit(which, name, own, layer, row)
+            corner = [first.get(dim, 0) for dim in axes[1:]]
             if self._streams.takes(name):
                 self._streams.send(part, name, [part.start, *corner], own)
             else:
                 self._piles.add(part, name, which, corner, own)
             for index in which:
-                came = part.came.setdefault(index, {})
-                came[name] = came.get(name, 0) | layers
+                self._arrivals.note(part, index, name, layer, stop)
 
     def done(self, index: int, loss: float = np.nan) -> None:
         """Say that all of a problem has been put.
@@ -213,12 +226,13 @@ class Writer:
             StoreError: The disk is full, or cannot be written.
         """
         part = self._part(index)
+        layers = self._ledger.sizes["layer"]
         for name in self._ledger.data:
-            came = part.came.get(index, {}).get(name, 0)
-            if came != self._arrivals.all_layers:
+            came = self._arrivals.layers(part, index, name)
+            if came != layers:
                 raise InputError(
-                    f"{name} of problem {self._ledger.ids[index]!r} has {came.bit_count()} of "
-                    f"{self._ledger.sizes['layer']} layers. Put each before it is done."
+                    f"{name} of problem {self._ledger.ids[index]!r} has {came} of {layers} layers. "
+                    "Put each before it is done."
                 )
         part.arrived[index] = (DONE, loss, "")
         self._arrivals.taken[index] = True

@@ -1,6 +1,8 @@
 """Ways to lose something in a store that were once open."""
 
+import errno
 import gc
+import os
 import shutil
 import time
 from pathlib import Path
@@ -197,11 +199,14 @@ def test_a_creation_that_fails_leaves_a_store_object_empty() -> None:
 
 def test_a_sweep_that_fails_lets_go_of_the_store(path: Path) -> None:
     fill(path, TINY)
-    folder = path / f"pattern/c/0.{'0' * 32}.partial"
-    folder.mkdir()
-    with pytest.raises(StoreError, match="cannot write to"):
-        store.resume(path, config=CONFIG)
-    folder.rmdir()
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(StoreError, match=r"cannot write to .*Permission denied"):
+            store.resume(path, config=CONFIG)
     store.resume(path, config=CONFIG).close()
 
 

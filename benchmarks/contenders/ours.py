@@ -1,5 +1,6 @@
 """The model on its own fast kernel, and only what is asked computed beside it."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,11 @@ class Kept:
     def begin(self, n: int, labels: object = None) -> None:
         """Nothing to do."""
 
-    def put(self, some: Sequence[int], name: str, values: Any, layer: int) -> None:
+    def tall(self, name: str) -> int:
+        """Whole matrices, as the others give them."""
+        return sys.maxsize
+
+    def put(self, some: Sequence[int], name: str, values: Any, layer: int, row: int) -> None:
         """Keep a layer of neighbours in the batch."""
         for n, one in zip(some, values, strict=True):
             self.layers[layer][self.batch[n]] = one
