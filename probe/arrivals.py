@@ -88,7 +88,12 @@ class Arrivals:
         self, part: Part, index: int, name: str, layer: int | None, row: int, tall: int
     ) -> None:
         """Refuse a row that is not the next of a layer."""
-        came = 0 if layer is None else part.came.get(index, {}).get(name, {}).get(layer, 0)
+        if layer is None or not {"query", "key"} <= set(self._ledger.axes[name]):
+            raise InputError(
+                f"{name} came with row={row} and layer={layer}, and only a layer of matrices comes "
+                "in rows. Put it whole."
+            )
+        came = part.came.get(index, {}).get(name, {}).get(layer, 0)
         if row != came or row % tall:
             raise InputError(
                 f"row {row} of {name}, problem {self._ledger.ids[index]!r}, layer {layer}, came "

@@ -146,10 +146,10 @@ def _quick(call: AttentionCall, out: Tensor, queries: Index, keys: Index) -> boo
     if not (call.plain and on_cpu(call.query)) or torch.is_autocast_enabled("cpu"):
         return False
     rows, columns = bounds(queries, call.n_queries), bounds(keys, call.n_keys)
-    neighbours = unbroken(queries) and unbroken(keys) and columns[0] == 0 and rows[1] <= columns[1]
-    # else the keys are copied for one tile
-    worth = rows == (0, call.n_queries) or rows[1] - rows[0] > _TILES["cpu"][0]
-    return neighbours and worth and (out.is_contiguous() or out.shape[1] == 1)
+    in_order = unbroken(queries) and unbroken(keys) and columns[0] == 0 and rows[1] <= columns[1]
+    several = rows == (0, call.n_queries) or rows[1] - rows[0] > _TILES["cpu"][0]
+    # its copy of the keys is too much for one tile of many keys
+    return in_order and several and (out.is_contiguous() or out.shape[1] == 1)
 
 
 def _lower(call: AttentionCall, out: Tensor, site: Site, empty: float, first: int) -> Tensor:

@@ -8,7 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_BYTES = 1 << 28  # on their way at most, which the device's memory holds, but two tensors always
+# Tensors on their way, which the device's memory holds: as many, or so many bytes, but two always.
+_COPIES, _BYTES = 16, 1 << 28
 
 Array = npt.NDArray[Any]
 
@@ -43,13 +44,17 @@ class Landing:
             here.copy_(there, non_blocking=True)
         there.record_stream(stream)  # its memory is not used again before it is copied
         self._coming.append((stream.record_event(), here, then))
-        while len(self._coming) > 2 and sum(one.nbytes for _, one, _ in self._coming) > _BYTES:
+        while len(self._coming) > 2 and self._full():
             self._hand_on()
 
     def finish(self) -> None:
         """Hand on all that is still coming."""
         while self._coming:
             self._hand_on()
+
+    def _full(self) -> bool:
+        size = sum(here.nbytes for _, here, _ in self._coming)
+        return len(self._coming) > _COPIES or size > _BYTES
 
     def _hand_on(self) -> None:
         event, here, then = self._coming.popleft()

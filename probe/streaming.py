@@ -31,8 +31,10 @@ class Streams:
 
     def rows(self, name: str) -> int | None:
         """Rows of a tile of matrices that go to their shards as they come."""
-        grid = self.grids[name] if self.takes(name) else None
-        return None if grid is None else grid.tile[self._ledger.axes[name].index("query")]
+        grid, axes = self.grids[name], self._ledger.axes[name]
+        if grid is None or not self.takes(name) or "query" not in axes:
+            return None
+        return grid.tile[axes.index("query")]
 
     def takes(self, name: str) -> bool:
         """Whether an array goes to its shard as it comes: its tiles hold one problem, one layer."""

@@ -197,13 +197,12 @@ class Writer:
         if layer is not None:
             values = np.expand_dims(values, axes.index("layer"))
         first = {"layer": layer or 0, "query": row or 0}
-        stop = None if row is None else row + values.shape[axes.index("query")]
         for _, some in groupby(enumerate(indices), lambda pair: pair[1] // self._ledger.step):
             where, which = zip(*some, strict=True)
             own = values[where[0] : where[-1] + 1]
             for index in which:
                 part = self._part(index)  # of all of them
-                if row:
+                if row is not None:
                     self._arrivals.require_next(part, index, name, layer, row, self.tall(name))
             self._arrivals.require_fit(which, name, own, layer, row)
             corner = [first.get(dim, 0) for dim in axes[1:]]
@@ -211,6 +210,7 @@ class Writer:
                 self._streams.send(part, name, [part.start, *corner], own)
             else:
                 self._piles.add(part, name, which, corner, own)
+            stop = None if row is None else row + own.shape[axes.index("query")]
             for index in which:
                 self._arrivals.note(part, index, name, layer, stop)
 

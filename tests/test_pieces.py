@@ -132,16 +132,34 @@ def test_pieces_that_do_not_fit_are_refused(path: Path) -> None:
         with pytest.raises(InputError, match=says(said.format(256, 0))):
             writer.put([2], "pattern", np.ones((1, 3, 44, 300)), 1, 256)
         writer.put([2], "pattern", np.ones((1, 3, 100, 100)), 1, 0)
-        for row in (100, 256):
+        for row in (0, 100, 256):
             with pytest.raises(InputError, match=says(said.format(row, 100))):
                 writer.put([2], "pattern", np.ones((1, 3, 44, 300)), 1, row)
-        shape = "pattern of problem 'gsm8k/2' has shape {}. Give (layer, head, query, key) = {}."
         for rows, keys, most in ((301, 300, (300, 300)), (9, 301, (9, 300))):
             message = shape.format((1, 3, rows, keys), (1, 3, *most))
             with pytest.raises(InputError, match=says(message)):
-                writer.put([2], "pattern", np.ones((1, 3, rows, keys)), 1, 0)
+                writer.put([2], "pattern", np.ones((1, 3, rows, keys)), 0, 0)
+        for wrong in (np.ones((1, 3)), np.ones((1, 3, 3, 9, 9))):
+            with pytest.raises(InputError, match="has shape"):
+                writer.put([2], "pattern", wrong, 0, 0)
         with pytest.raises(InputError, match="has 0 of 2 layers"):
             writer.done(2)
+
+
+def test_only_layers_of_matrices_come_in_pieces(path: Path) -> None:
+    said = "{} came with row=0 and layer={}, and only a layer of matrices comes in rows. " + (
+        "Put it whole."
+    )
+    mean = schema.Array(("problem", "layer", "head"), "float32", 0.0)
+    with create(path, FULL, sites=("pattern", "z"), reduced={"mean": mean}) as writer:
+        writer.begin(2)
+        for name, shape, layer in (
+            ("z", (1, 256, 3, DIM), 0),
+            ("mean", (1, 3), 0),
+            ("pattern", (1, 2, 3, 256, 256), None),
+        ):
+            with pytest.raises(InputError, match=says(said.format(name, layer))):
+                writer.put([2], name, np.ones(shape), layer, 0)
 
 
 def _put(writer: store.Writer, i: int) -> None:
