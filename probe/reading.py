@@ -13,7 +13,7 @@ from probe.attention import Site
 from probe.envoys import AttentionEnvoy
 from probe.errors import InputError
 from probe.filling import fill, hides_future, laid
-from probe.indexing import slices, take
+from probe.indexing import Index, slices, take
 from probe.interventions import Intervention, of_items
 from probe.landing import Landing
 from probe.loss import logits_of, next_token_nll
@@ -69,11 +69,10 @@ def read(
             own = range(which.start, which.stop)
             for site in todo.matrices:
                 tall = None if todo.reduce else into.tall(site)
-                for row, seen, queries, keys in _pieces(part, site, alike[0], tall):
-                    shape = (len(alike), len(todo.heads), len(queries), len(keys))
+                for row, seen, rows, keys, cells in _pieces(part, site, alike[0], tall):
+                    shape = (len(alike), len(todo.heads), *cells)
                     out = torch.empty(shape, dtype=dtype, device=part.device)
-                    rows, columns = neighbours([*queries]), neighbours([*keys])
-                    fill(seen, out, site, queries=rows, keys=columns, heads=heads)
+                    fill(seen, out, site, queries=rows, keys=keys, heads=heads)
                     if isinstance(todo.reduce, Mapping):
                         for name, metric in todo.reduce.items():
                             into.put(own, name, apply(metric, out, alike), place)
@@ -189,8 +188,8 @@ def _alike(items: Sequence[Item]) -> Iterator[tuple[slice, list[Item]]]:
         start += len(alike)
 
 
-# First of the stored rows, where they are read from, tokens of the rows and of the keys.
-Piece = tuple[int | None, Readable, tuple[int, ...], tuple[int, ...]]
+# First of the stored rows, where they are read, rows, keys, and how many.
+Piece = tuple[int | None, Readable, Index, Index, tuple[int, int]]
 
 
 def _pieces(seen: Readable, site: Site, item: Item, tall: int | None) -> Iterator[Piece]:
@@ -198,16 +197,16 @@ def _pieces(seen: Readable, site: Site, item: Item, tall: int | None) -> Iterato
 
     Without the keys that none of these rows can see, since stores hold nothing there; or whole.
     """
-    if tall is None:
-        yield None, seen, item.queries, item.keys
-        return
-    triangle = item.keys == tuple(range(item.length)) and hides_future(seen, site)
-    cut = slices(len(item.queries), tall) or [slice(0, 0)]
+    rows, keys = item.queries, item.keys
+    everything = keys == tuple(range(item.length))
+    triangle = tall is not None and everything and hides_future(seen, site)
+    cut = slices(len(rows), tall or len(rows) or 1) or [slice(0, 0)]
     seen = laid(seen) if len(cut) > 1 else seen
-    for rows in cut:
-        queries = item.queries[rows]
-        n_keys = max(queries, default=-1) + 1 if triangle else len(item.keys)
-        yield rows.start, seen, queries, item.keys[:n_keys]
+    for some in cut:
+        n = max(rows[some], default=-1) + 1 if triangle else len(keys)
+        columns = slice(0, n) if everything else neighbours([*keys])
+        first = None if tall is None else some.start
+        yield first, seen, neighbours([*rows[some]]), columns, (len(rows[some]), n)
 
 
 def logits(model: Model, items: Sequence[Item], *interventions: Intervention) -> Tensor:
