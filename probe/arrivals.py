@@ -81,8 +81,8 @@ class Arrivals:
 
     def layers(self, part: Part, index: int, name: str) -> int:
         """How many layers of a problem have come, with all their rows."""
-        came = part.came.get(index, {}).get(name, {})
-        return sum(stop == self._ledger.rows[index] for stop in came.values())
+        total = int(self._ledger.rows[index])
+        return list(part.came.get(index, {}).get(name, {}).values()).count(total)
 
     def require_next(
         self, part: Part, index: int, name: str, layer: int | None, row: int, tall: int
