@@ -63,9 +63,9 @@ def read(
     landing = Landing()
 
     def visit(layer: int, attention: AttentionEnvoy) -> None:
-        place = todo.layers.index(layer)
+        whole, place = attention.seen, todo.layers.index(layer)
         for which, alike in groups:
-            part = attention.seen.cut(which, alike[0].length)
+            part = whole.cut(which, alike[0].length)
             own = range(which.start, which.stop)
             for site in todo.matrices:
                 tall = None if todo.reduce else into.tall(site)
