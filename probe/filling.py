@@ -71,10 +71,11 @@ def fill(
 def _fill(
     call: AttentionCall, out: Tensor, site: Site, queries: Index, keys: Index, heads: Index
 ) -> Tensor:
-    chosen = None if queries is None else positions(queries, call.n_queries, out.device)
+    chosen = None if unbroken(queries) else positions(queries, call.n_queries, out.device)
     columns = None if unbroken(keys) else positions(keys, call.n_keys, out.device)
+    top, bottom = bounds(queries, call.n_queries)
     left, right = bounds(keys, call.n_keys)
-    n_rows = call.n_queries if chosen is None else len(chosen)
+    n_rows = bottom - top if chosen is None else len(chosen)
     n_columns = right - left if columns is None else len(columns)
     wanted = None if heads is None else call.head_list(heads)
     n_heads = call.n_heads if wanted is None else len(wanted)
@@ -84,13 +85,12 @@ def _fill(
             _fill(call.head(h), out[:, i : i + 1], site, queries, keys, None)
         return out
     empty = 0.0 if site == "pattern" else -torch.inf
-    if _quick(call, out, queries, keys):
-        return _lower(call, out, site, empty, bounds(queries, call.n_queries)[0])
+    in_order = chosen is None and columns is None and left == 0 and bottom <= right
+    if in_order and _quick(call, out):
+        return _lower(call, out, site, empty, top)
     batches, groups, rows = _tiles(call, n_rows)
     exact = replace(call, query=wide(call.query), key=wide(call.key))
-    # A product with keys that do not lie in order copies them for every tile, but for one item's.
-    long = exact.key[:1].nbytes >= _MANY_KEYS
-    if long and len(rows) == 1 and call.device.type == "cpu":  # elsewhere launches cost more
+    if _one_by_one(exact.key, rows):
         batches = slices(call.query.shape[0], 1)
     else:
         exact = replace(exact, key=exact.key.contiguous())
@@ -100,7 +100,9 @@ def _fill(
     for items, group in product(batches, groups):
         part = exact.part(items, group)
         for some in rows:
-            index = some if chosen is None else neighbours(chosen[some].tolist())
+            index: Index = slice(top + some.start, top + some.stop)
+            if chosen is not None:
+                index = neighbours(chosen[some].tolist())
             low, high = _reach(part, index)
             s = part.scores(queries=index, keys=slice(low, high), room=room)
             if site == "pattern":
@@ -138,18 +140,14 @@ def _require(out: Tensor, asked: tuple[int, ...]) -> None:
         raise ValueError(f"out has shape {tuple(out.shape)}, and {asked} is asked for.")
 
 
-def _quick(call: AttentionCall, out: Tensor, queries: Index, keys: Index) -> bool:
-    """Whether `_lower` can fill this: neighbouring rows, and all the keys that they see.
+def _quick(call: AttentionCall, out: Tensor) -> bool:
+    """Whether `_lower` can fill neighbouring rows and all the keys that they see.
 
     Items and heads of `out` can be one dim, of real numbers.
     """
     if not (call.plain and on_cpu(call.query)) or torch.is_autocast_enabled("cpu"):
         return False
-    rows, columns = bounds(queries, call.n_queries), bounds(keys, call.n_keys)
-    in_order = unbroken(queries) and unbroken(keys) and columns[0] == 0 and rows[1] <= columns[1]
-    several = rows == (0, call.n_queries) or rows[1] - rows[0] > _TILES["cpu"][0]
-    # its copy of the keys is too much for one tile of many keys
-    return in_order and several and (out.is_contiguous() or out.shape[1] == 1)
+    return out.is_contiguous() or out.shape[1] == 1
 
 
 def _lower(call: AttentionCall, out: Tensor, site: Site, empty: float, first: int) -> Tensor:
@@ -160,27 +158,38 @@ def _lower(call: AttentionCall, out: Tensor, site: Site, empty: float, first: in
     """
     n_rows, n = out.shape[2:]
     share, width = call.share, call.query.shape[-1]
-    k = wide(call.key).contiguous().flatten(0, 1).transpose(1, 2)
-    q = wide(call.query[:, :, first : first + n_rows]) * call.factor
-    q = q.reshape(len(k), share, n_rows, width)
-    pairs = out.view(len(k), share, n_rows, n)  # of an item and a key head
     batches, groups, tiles = _tiles(call, n_rows)
-    step = _largest(batches, groups)
+    key = wide(call.key)
+    keys = key if _one_by_one(key, tiles) else key.contiguous().flatten(0, 1)[None]
+    q = wide(call.query[:, :, first : first + n_rows]) * call.factor
+    q = q.reshape(*keys.shape[:2], share, n_rows, width)  # pairs of an item and a key head
+    pairs = out.view(*keys.shape[:2], share, n_rows, n)
     room = q.new_empty(_largest(batches, groups, tiles) * share * n)
-    for some in slices(len(k), step):
-        for rows in tiles:
-            high, count = first + rows.stop, rows.stop - rows.start
-            asked = q[some, :, rows].reshape(-1, share * count, width)
-            s = torch.bmm(asked, k[some, :, :high], out=within(room, *asked.shape[:2], high))
-            s = s.view(-1, share, count, high)
-            hide_triangle(s[..., high - count + 1 :])
-            if site == "pattern":
-                s = call.normalise(s, quick=True)
-            tile = pairs[some, :, rows]
-            tile[..., :high] = s
-            if high < n:
-                tile[..., high:] = empty
+    cut = slices(keys.shape[1], _largest(batches, groups))
+    for item, some, rows in product(range(len(keys)), cut, tiles):
+        high, count = first + rows.stop, rows.stop - rows.start
+        asked = q[item, some, :, rows].reshape(-1, share * count, width)
+        k = keys[item, some, :high].transpose(1, 2)
+        s = torch.bmm(asked, k, out=within(room, *asked.shape[:2], high))
+        s = s.view(-1, share, count, high)
+        hide_triangle(s[..., high - count + 1 :])
+        if site == "pattern":
+            s = call.normalise(s, quick=True)
+        tile = pairs[item, some, :, rows]
+        tile[..., :high] = s
+        if high < n:
+            tile[..., high:] = empty
     return out
+
+
+def _one_by_one(key: Tensor, rows: Sequence[slice]) -> bool:
+    """Whether items are read one by one, as their keys lie, since all of them take long to copy.
+
+    A product with keys that do not lie in order copies them for every tile, but for one item's. On
+    a GPU launches cost more.
+    """
+    many = len(rows) == 1 and key[:1].nbytes >= _MANY_KEYS
+    return many and key.device.type == "cpu" and not key.is_contiguous()
 
 
 def _reach(call: AttentionCall, queries: Index) -> tuple[int, int]:
