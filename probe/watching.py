@@ -7,7 +7,7 @@ second forward as in the first.
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class Watch:
             length: (batch), tokens of each input, where it is padded on the right without a mask.
             script: What each sequence will say, where parts of it are read as embeddings.
         """
-        with self.lock, nullcontext() if self._depth else eagerly(self._whole):
+        with self.lock, eagerly(self._whole):
             ruler = self.ruler
             outside = self.interventions, ruler.prompt, ruler.length, ruler.script
             if self._depth == 0:

@@ -70,6 +70,28 @@ def test_plain_calls_are_filled_as_any_other(
     assert bool(more[:, 1::2].isnan().all())
 
 
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(20, 52), slice(-70, None), slice(30, 30)])
+@pytest.mark.parametrize(("batch", "heads", "groups"), [(1, 2, 1), (2, 6, 3), (0, 2, 2)])
+def test_few_rows_are_filled_with_and_without_a_copy_of_the_keys(
+    batch: int, heads: int, groups: int, rows: slice, copied: bool
+) -> None:
+    """Keys lie as models leave them, those of a token together. Known from a call with a mask that
+    hides nothing, which is read in the general way."""
+    made = torch.Generator().manual_seed(heads)
+    query, key = (torch.randn(batch, 90, n, 8, generator=made) for n in (heads, groups))
+    call = AttentionCall(query.transpose(1, 2), key.transpose(1, 2), key.transpose(1, 2))
+    masked = replace(call, mask=torch.ones(batch, 90, dtype=torch.bool))
+    stop = rows.indices(90)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling, "_MANY_KEYS", math.inf if copied else 0)
+        for site, n in ((site, n) for site in SITES for n in (90, stop)):
+            shape = (batch, heads, len(range(*rows.indices(90))), n)
+            out = torch.full(shape, math.nan)
+            fill(call, out, site, queries=rows, keys=slice(0, n))
+            close(out, read(masked, site, queries=rows, keys=slice(0, n)), 1e-6)
+
+
 def test_plain_calls_keep_their_precision_under_autocast() -> None:
     call = call_of(70, 70)
     assert call.plain
