@@ -163,22 +163,22 @@ def _lower(call: AttentionCall, out: Tensor, site: Site, empty: float, first: in
     keys = key if _one_by_one(key, tiles) else key.contiguous().flatten(0, 1)[None]
     q = wide(call.query[:, :, first : first + n_rows]) * call.factor
     q = q.reshape(*keys.shape[:2], share, n_rows, width)  # pairs of an item and a key head
-    pairs = out.view(*keys.shape[:2], share, n_rows, n)
     room = q.new_empty(_largest(batches, groups, tiles) * share * n)
     cut = slices(keys.shape[1], _largest(batches, groups))
-    for item, some, rows in product(range(len(keys)), cut, tiles):
-        high, count = first + rows.stop, rows.stop - rows.start
-        asked = q[item, some, :, rows].reshape(-1, share * count, width)
-        k = keys[item, some, :high].transpose(1, 2)
-        s = torch.bmm(asked, k, out=within(room, *asked.shape[:2], high))
-        s = s.view(-1, share, count, high)
-        hide_triangle(s[..., high - count + 1 :])
-        if site == "pattern":
-            s = call.normalise(s, quick=True)
-        tile = pairs[item, some, :, rows]
-        tile[..., :high] = s
-        if high < n:
-            tile[..., high:] = empty
+    for k, asked, pairs in zip(keys, q, out.view(*q.shape[:4], n), strict=True):
+        for some, rows in product(cut, tiles):
+            high, count = first + rows.stop, rows.stop - rows.start
+            left = asked[some, :, rows].reshape(-1, share * count, width)
+            right = k[some, :high].transpose(1, 2)
+            s = torch.bmm(left, right, out=within(room, *left.shape[:2], high))
+            s = s.view(-1, share, count, high)
+            hide_triangle(s[..., high - count + 1 :])
+            if site == "pattern":
+                s = call.normalise(s, quick=True)
+            tile = pairs[some, :, rows]
+            tile[..., :high] = s
+            if high < n:
+                tile[..., high:] = empty
     return out
 
 
