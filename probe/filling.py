@@ -100,9 +100,8 @@ def _fill(
     for items, group in product(batches, groups):
         part = exact.part(items, group)
         for some in rows:
-            index: Index = slice(top + some.start, top + some.stop)
-            if chosen is not None:
-                index = neighbours(chosen[some].tolist())
+            between = slice(top + some.start, top + some.stop)
+            index = between if chosen is None else neighbours(chosen[some].tolist())
             low, high = _reach(part, index)
             s = part.scores(queries=index, keys=slice(low, high), room=room)
             if site == "pattern":
