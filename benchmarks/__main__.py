@@ -71,14 +71,14 @@ def memory(options: argparse.Namespace, console: Console) -> Found:
     """Peaks of a capture into a store: more and more layers, more and more problems.
 
     The least fill what waits to be written (32 MB) while the next batch of 8 is read. Each is the
-    median of three processes.
+    median of three processes, and in each of them of five runs.
     """
     del options
     for what, values in (("layers", (12, 24, 48)), ("batch", (24, 48, 96))):
         for value in values:
             setting = Setting(length=512).but(**{what: value})
             peaks = [
-                compared(setting, "stored", repeats=0, names=[OURS], warmups=0)[OURS].peak
+                compared(setting, "stored", repeats=0, names=[OURS], warmups=0, peaks=5)[OURS].peak
                 for _ in range(3)
             ]
             name = f"{value} {'problems' if what == 'batch' else what}"

@@ -132,8 +132,12 @@ def compared(
     environments: Path | None = None,
     names: Sequence[str] = tuple(CONTENDERS),
     warmups: int = WARMUPS,
+    peaks: int = 1,
 ) -> dict[str, Result]:
-    """What every contender takes for a workload; a plain forward is measured against itself too."""
+    """What every contender takes for a workload; a plain forward is measured against itself too.
+
+    The peak is the median of so many runs, the first ones of each.
+    """
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -141,7 +145,7 @@ def compared(
         workers = dict(_ready(folder, setting, workload, environments, names, results))
         try:
             for one, worker in workers.items():
-                _take(results[one], worker.ask("peak"))
+                _take(results[one], worker.ask(f"peak {peaks}"))
             for turn in range(warmups + repeats):
                 first = turn % max(1, len(workers))
                 order = list(workers)

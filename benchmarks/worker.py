@@ -1,8 +1,9 @@
 """A contender's process: `python -m benchmarks.worker MODULE WAY WORKLOAD SETTING WEIGHTS OUT`.
 
 It says what differs from an eager copy, then waits: for each line `pair` it runs a plain forward of
-its own and the contender, in alternating order, and says how long they took; for `peak`, what
-memory one run takes. Answers are JSON lines that begin with `@`: what libraries print is let be.
+its own and the contender, in alternating order, and says how long they took; for `peak N`, what
+memory a run takes, the median of N. Answers are JSON lines that begin with `@`: what libraries
+print is let be.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import importlib
 import json
 import os
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -115,8 +117,8 @@ def main() -> None:
     say(ready=True, difference=wrong)
     turn = 0
     for line in sys.stdin:
-        if line.strip() == "peak":
-            most = peak(run, case)
+        if line.startswith("peak"):
+            most = statistics.median(peak(run, case) for _ in range(int(line.split()[1])))
             size = sum(file.stat().st_size for file in case.out.rglob("*") if file.is_file())
             say(peak=most, written=size)
             continue

@@ -18,7 +18,7 @@ from probe.selection import neighbours
 # the launches few.
 _TILES = {"cpu": (64, 1 << 21)}
 _GPU_TILE = (1024, 1 << 26)
-_MANY_KEYS = 1 << 20  # bytes of one item's keys whose copy takes longer than a tile's calls
+_MANY_KEYS = 1 << 19  # bytes of one item's keys whose copy takes longer than a tile's calls
 
 
 def fill(
@@ -90,7 +90,7 @@ def _fill(
         return _lower(call, out, site, empty, top)
     batches, groups, rows = _tiles(call, n_rows)
     exact = replace(call, query=wide(call.query), key=wide(call.key))
-    if _one_by_one(exact.key, rows):
+    if _one_by_one(exact.key):
         batches = slices(call.query.shape[0], 1)
     else:
         exact = replace(exact, key=exact.key.contiguous())
@@ -159,7 +159,7 @@ def _lower(call: AttentionCall, out: Tensor, site: Site, empty: float, first: in
     share, width = call.share, call.query.shape[-1]
     batches, groups, tiles = _tiles(call, n_rows)
     key = wide(call.key)
-    keys = key if _one_by_one(key, tiles) else key.contiguous().flatten(0, 1)[None]
+    keys = key if _one_by_one(key) else key.contiguous().flatten(0, 1)[None]
     q = wide(call.query[:, :, first : first + n_rows]) * call.factor
     q = q.reshape(*keys.shape[:2], share, n_rows, width)  # pairs of an item and a key head
     room = q.new_empty(_largest(batches, groups, tiles) * share * n)
@@ -181,14 +181,15 @@ def _lower(call: AttentionCall, out: Tensor, site: Site, empty: float, first: in
     return out
 
 
-def _one_by_one(key: Tensor, rows: Sequence[slice]) -> bool:
+def _one_by_one(key: Tensor) -> bool:
     """Whether items are read one by one, as their keys lie, since all of them take long to copy.
 
     A product with keys that do not lie in order copies them for every tile, but for one item's. On
     a GPU launches cost more.
     """
-    many = len(rows) == 1 and key[:1].nbytes >= _MANY_KEYS
-    return many and key.device.type == "cpu" and not key.is_contiguous()
+    if key.device.type != "cpu" or key.is_contiguous():
+        return False
+    return len(key) == 1 or key[:1].nbytes >= _MANY_KEYS
 
 
 def _reach(call: AttentionCall, queries: Index) -> tuple[int, int]:

@@ -2,14 +2,13 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from probe.attention import Site
 from probe.envoys import AttentionEnvoy
 from probe.errors import InputError
 from probe.filling import fill, hides_future, laid
@@ -17,7 +16,6 @@ from probe.indexing import Index, slices, take
 from probe.interventions import Intervention, of_items
 from probe.landing import Landing
 from probe.loss import logits_of, next_token_nll
-from probe.matrices import Readable
 from probe.model import Model
 from probe.planning import continued
 from probe.plans import Item, Plan
@@ -54,7 +52,8 @@ def read(
         new = generated(model, items, ones, todo.max_new_tokens)
         items = [continued(model, todo, *pair) for pair in zip(items, new, strict=True)]
     lengths = torch.tensor([item.length for item in items])
-    groups = list(_alike(items))
+    # Their pieces are the same in every layer.
+    groups = [(*group, cache(partial(_pieces, group[1][0]))) for group in _alike(items)]
     for n, item in enumerate(items):
         into.begin(n, item.labels(model) if todo.max_new_tokens else None)
     heads = todo.some_heads(model.tap.shape(todo.layers).heads)
@@ -64,12 +63,14 @@ def read(
 
     def visit(layer: int, attention: AttentionEnvoy) -> None:
         whole, place = attention.seen, todo.layers.index(layer)
-        for which, alike in groups:
+        for which, alike, pieces in groups:
             part = whole.cut(which, alike[0].length)
             own = range(which.start, which.stop)
             for site in todo.matrices:
                 tall = None if todo.reduce else into.tall(site)
-                for row, seen, rows, keys, cells in _pieces(part, site, alike[0], tall):
+                cut = pieces(tall, tall is not None and hides_future(part, site))
+                seen = laid(part) if len(cut) > 1 else part
+                for row, rows, keys, cells in cut:
                     shape = (len(alike), len(todo.heads), *cells)
                     out = torch.empty(shape, dtype=dtype, device=part.device)
                     fill(seen, out, site, queries=rows, keys=keys, heads=heads)
@@ -81,7 +82,7 @@ def read(
                         landing.bring(out, then)
         if "z" in todo.sites:
             z = attention.z
-            for which, alike in groups:
+            for which, alike, _ in groups:
                 some = take(take(z[which], alike[0].queries, 1), heads, 2)
                 some = some.to(dtype, copy=True)  # the model goes on with its own
                 own = range(which.start, which.stop)
@@ -188,25 +189,24 @@ def _alike(items: Sequence[Item]) -> Iterator[tuple[slice, list[Item]]]:
         start += len(alike)
 
 
-# First of the stored rows, where they are read, rows, keys, and how many.
-Piece = tuple[int | None, Readable, Index, Index, tuple[int, int]]
+# First of the stored rows, rows, keys, and how many.
+Piece = tuple[int | None, Index, Index, tuple[int, int]]
 
 
-def _pieces(seen: Readable, site: Site, item: Item, tall: int | None) -> Iterator[Piece]:
+def _pieces(item: Item, tall: int | None, causal: bool) -> list[Piece]:
     """A layer's matrices, cut into so many rows that are computed and brought home together.
 
     Without the keys that none of these rows can see, since stores hold nothing there; or whole.
     """
     rows, keys = item.queries, item.keys
     everything = keys == tuple(range(item.length))
-    triangle = tall is not None and everything and hides_future(seen, site)
-    cut = slices(len(rows), tall or len(rows) or 1) or [slice(0, 0)]
-    seen = laid(seen) if len(cut) > 1 else seen
-    for some in cut:
-        n = max(rows[some], default=-1) + 1 if triangle else len(keys)
+    pieces: list[Piece] = []
+    for some in slices(len(rows), tall or len(rows) or 1) or [slice(0, 0)]:
+        n = max(rows[some], default=-1) + 1 if causal and everything else len(keys)
         columns = slice(0, n) if everything else neighbours([*keys])
         first = None if tall is None else some.start
-        yield first, seen, neighbours([*rows[some]]), columns, (len(rows[some]), n)
+        pieces.append((first, neighbours([*rows[some]]), columns, (len(rows[some]), n)))
+    return pieces
 
 
 def logits(model: Model, items: Sequence[Item], *interventions: Intervention) -> Tensor:

@@ -93,6 +93,7 @@ def test_cut_is_the_call_without_what_comes_after(case: Case, length: int, item:
     # without causality a row sees what is cut away, so only its scores stay
     close(cut.scores(), square.scores()[item : item + 1, :, :length, :length], 1e-5)
     assert cut.value.shape[2] == length
+    assert square.cut(slice(None), n) is square
 
 
 # ------------------------------------------------------------------------- precision and sinks
