@@ -17,7 +17,7 @@ from torch import softmax as torch_softmax  # ours, whatever a model puts in tor
 
 from probe.errors import InputError
 from probe.indexing import Index, bounds, positions, take, unbroken, wide
-from probe.inplace import hide_triangle, on_cpu, within
+from probe.inplace import hide, hide_triangle, on_cpu, within
 from probe.positions import Positions
 
 Site = Literal["pattern", "scores"]
@@ -189,7 +189,8 @@ class AttentionCall:
         s = torch.matmul(q, k.transpose(-1, -2), out=within(room, *q.shape[:3], k.shape[2]))
         s = s.reshape(batch, self.n_heads, n, k.shape[2])
         if self.softcap is not None:
-            s = (s / self.softcap).tanh_() * self.softcap
+            again = None if room is None else s
+            s = torch.mul(torch.div(s, self.softcap, out=again).tanh_(), self.softcap, out=again)
         return self._hide(s, queries, keys, quick=room is not None)
 
     def pattern(self, *, queries: Index = None, keys: Index = None, heads: Index = None) -> Tensor:
@@ -286,8 +287,15 @@ class AttentionCall:
 
         In place where it can be, if `quick`.
         """
-        open_rows = self.mask is None and self.window is None and scores.shape[-1] > 0
-        return self._softmax(scores, quick=quick) if open_rows else self.softmax(scores)
+        if self.mask is None and self.window is None and scores.shape[-1] > 0:
+            return self._softmax(scores, quick=quick)
+        if not quick or not scores.shape[-1]:
+            return self.softmax(scores)
+        dead = scores.amax(-1, keepdim=True) == -torch.inf
+        found = self._softmax(scores, quick=True)
+        if on_cpu(found) and not bool(dead.any()):  # a GPU would be waited for
+            return found
+        return found.masked_fill_(dead, 0.0)
 
     def _softmax(self, scores: Tensor, *, quick: bool = False) -> Tensor:
         if self.sinks is None:
@@ -359,5 +367,10 @@ class AttentionCall:
                     ahead.masked_fill_(hidden.triu(), -torch.inf)
                 return s
         elif self.mask is not None and self.mask.ndim == 4 and self.mask.dtype != torch.bool:
-            s = s + self._mask4(self.mask, queries, keys).to(s.dtype)
-        return s.masked_fill_(~self.keep(queries, keys), -torch.inf)
+            bias = self._mask4(self.mask, queries, keys).to(s.dtype)
+            s = torch.add(s, bias, out=s if quick else None)
+        keep = self.keep(queries, keys)
+        if quick and on_cpu(s):
+            hide(s, keep)
+            return s
+        return s.masked_fill_(~keep, -torch.inf)

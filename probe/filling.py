@@ -34,7 +34,7 @@ def fill(
 
     Keys that no row of a tile can see are never computed, and every element of `out` is written
     once, in its own dtype. Peak memory beyond `out` is a copy of queries and keys, and a tile of
-    two megabytes.
+    two megabytes; with a mask of its own for each head, some four of them.
 
     Args:
         seen: What is read: an `AttentionCall`, or `Matrices`.

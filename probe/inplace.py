@@ -2,12 +2,13 @@
 
 from functools import lru_cache
 from math import prod
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Numbers = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -18,19 +19,34 @@ def on_cpu(x: Tensor) -> bool:
 def hide_triangle(s: Tensor) -> None:
     """Put -inf on and above the diagonal, whatever is there, without gradients.
 
+    See `hide`.
+    """
+    _clamp(s, *_triangle(*s.shape[-2:], s.itemsize))
+
+
+def hide(s: Tensor, keep: Tensor) -> None:
+    """Put -inf wherever a mask (of as many dims) is not true, whatever is there.
+
     The bits, as whole numbers, are kept between bounds that leave any of them, or only those of
     -inf. On a CPU that takes an eighth of the time of `masked_fill_`.
     """
-    least, most = map(torch.from_numpy, _bounds(*s.shape[-2:], s.itemsize))
-    bits = s.view(least.dtype)
-    torch.clamp(bits, least, most, out=bits)
+    _clamp(s, *_bounds(~keep.numpy(), s.itemsize))
+
+
+def _clamp(s: Tensor, least: Numbers, most: Numbers) -> None:
+    low, high = torch.from_numpy(least), torch.from_numpy(most)
+    bits = s.view(low.dtype)
+    torch.clamp(bits, low, high, out=bits)
 
 
 @lru_cache(maxsize=8)
-def _bounds(rows: int, columns: int, itemsize: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def _triangle(rows: int, columns: int, itemsize: int) -> tuple[Numbers, Numbers]:
     """NumPy's: what torch makes inside a mode (fake, functional) must not be kept for outside."""
+    return _bounds(np.triu(np.ones((rows, columns), bool)), itemsize)
+
+
+def _bounds(hidden: npt.NDArray[np.bool], itemsize: int) -> tuple[Numbers, Numbers]:
     number, whole = (np.float32, np.int32) if itemsize == 4 else (np.float64, np.int64)
-    hidden = np.triu(np.ones((rows, columns), bool))
     minus_inf, kind = np.full((), -np.inf, number).view(whole), np.iinfo(whole)
     least = np.where(hidden, minus_inf, whole(kind.min))
     return least, np.where(hidden, minus_inf, whole(kind.max))

@@ -105,14 +105,24 @@ def test_the_keys_asked_for_never_change_the_softmax() -> None:
     assert torch.equal(call.pattern(keys=[3, 1]), call.pattern()[..., [3, 1]])
 
 
+@pytest.mark.parametrize("kind", ["none", "2-D", "bool", "float", "window", "by head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_future_stays_hidden_whatever_is_there(dtype: torch.dtype) -> None:
+def test_the_future_stays_hidden_whatever_is_there(dtype: torch.dtype, kind: str) -> None:
     """Of a key of NaN and of infinite ones, and what may be seen keeps its bits."""
+    past = torch.ones(1, 1, 70, 70, dtype=torch.bool).tril()
+    masks: dict[str, dict[str, Any]] = {
+        "none": {},
+        "2-D": {"mask": torch.ones(1, 70, dtype=torch.bool)},
+        "bool": {"mask": past},
+        "float": {"mask": torch.zeros(1, 1, 70, 70).masked_fill(~past, -torch.inf)},
+        "window": {"window": 70},
+        "by head": {"mask": past.expand(1, 2, 70, 70)},
+    }
     query, key = torch.randn(
         2, 1, 2, 70, 4, generator=torch.Generator().manual_seed(0), dtype=dtype
     )
     key[..., 1, :], key[..., 68, :], key[..., 69, :] = math.nan, math.inf, -math.inf
-    call = AttentionCall(query, key, key)
+    call = AttentionCall(query, key, key, **masks[kind])
     found = fill(call, torch.empty(1, 2, 70, 70, dtype=dtype), "scores")
     ahead = torch.ones(70, 70, dtype=torch.bool).triu(1)
     assert bool((found[..., ahead] == -torch.inf).all())
@@ -125,21 +135,21 @@ def test_the_future_stays_hidden_whatever_is_there(dtype: torch.dtype) -> None:
 
 def test_numbers_on_a_cpu_are_read_whatever_the_default_device() -> None:
     call = call_of(19, 19)
-    inplace._bounds.cache_clear()
+    inplace._triangle.cache_clear()
     with torch.device("meta"):
         found = fill(call, torch.empty(2, 4, 19, 19, device="cpu"))
     close(found, call.pattern())
 
 
 def test_modes_leave_nothing_behind() -> None:
-    inplace._bounds.cache_clear()
+    inplace._triangle.cache_clear()
     call, out = call_of(19, 19), torch.empty(2, 4, 19, 19)
     with FakeTensorMode(allow_non_fake_inputs=True):
         query = torch.empty(1, 2, 19, 4)
         fill(AttentionCall(query, query, query), torch.empty(1, 2, 19, 19))
         fill(call, out)
     close(fill(call, torch.empty(2, 4, 19, 19)), call.pattern())
-    inplace._bounds.cache_clear()
+    inplace._triangle.cache_clear()
     torch.func.functionalize(lambda q: fill(replace(call, query=q), torch.empty(2, 4, 19, 19)))(
         call.query
     )
