@@ -7,9 +7,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from benchmarks.case import Setting
@@ -59,12 +60,13 @@ class Worker:
     """A process that hosts a contender: see `benchmarks.worker`."""
 
     def __init__(self, python: str, contender: Contender, workload: str, setting: Setting,
-                 weights: Path, out: Path) -> None:  # fmt: skip
+                 weights: Path, out: Path, variables: Mapping[str, str]) -> None:  # fmt: skip
         self._errors = (out.parent / f"{out.name}.log").open("w+")
         command = [python, "-m", "benchmarks.worker", contender.module, contender.way, workload]
         self._process = subprocess.Popen(
             [*command, setting.as_json(), str(weights), str(out)],
             cwd=ROOT,
+            env=os.environ | variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -133,16 +135,18 @@ def compared(
     names: Sequence[str] = tuple(CONTENDERS),
     warmups: int = WARMUPS,
     peaks: int = 1,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Result]:
     """What every contender takes for a workload; a plain forward is measured against itself too.
 
-    The peak is the median of so many runs, the first ones of each.
+    The peak is the median of so many runs, the first ones of each. Variables are added to the
+    environment of their processes.
     """
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         setting.save(folder / "weights")
-        workers = dict(_ready(folder, setting, workload, environments, names, results))
+        workers = dict(_ready(folder, setting, workload, environments, names, results, variables))
         try:
             for one, worker in workers.items():
                 _take(results[one], worker.ask(f"peak {peaks}"))
@@ -168,6 +172,7 @@ def _ready(
     environments: Path | None,
     names: Sequence[str],
     results: dict[str, Result],
+    variables: Mapping[str, str],
 ) -> Iterator[tuple[str, Worker]]:
     """Workers of those that are right; `results` says of each what it is."""
     started: dict[str, Worker] = {}
@@ -177,7 +182,8 @@ def _ready(
             results[name] = Result(f"not installed: environment {one.environment}")
         else:
             out = folder / str(n)
-            started[name] = Worker(python, one, workload, setting, folder / "weights", out)
+            weights = folder / "weights"
+            started[name] = Worker(python, one, workload, setting, weights, out, variables)
     for name, worker in started.items():
         answer = worker.heard()
         if "unsupported" in answer:

@@ -64,7 +64,7 @@ def test_contenders_run_in_turn_and_the_wrong_one_is_not_timed(
 
 def test_a_contender_that_was_killed_says_so(weights: Path, tmp_path: Path) -> None:
     one = CONTENDERS["forward hooks"]
-    worker = Worker(sys.executable, one, "full", SETTING, weights, tmp_path / "out")
+    worker = Worker(sys.executable, one, "full", SETTING, weights, tmp_path / "out", {})
     worker._process.kill()
     assert "SIGKILL" in worker.heard()["error"]
     worker.close()
