@@ -359,7 +359,7 @@ class AttentionCall:
                 ahead = s[..., rows[0] + 1 - start :]
                 keys = slice(rows[0] + 1, bounds(keys, self.n_keys)[1])
                 if not unbroken(queries):
-                    ahead.masked_fill_(~self.keep(queries, keys), -torch.inf)
+                    hide(ahead, self.keep(queries, keys), quick=quick)
                 elif quick and on_cpu(s):
                     hide_triangle(ahead)
                 else:
@@ -369,8 +369,5 @@ class AttentionCall:
         elif self.mask is not None and self.mask.ndim == 4 and self.mask.dtype != torch.bool:
             bias = self._mask4(self.mask, queries, keys).to(s.dtype)
             s = torch.add(s, bias, out=s if quick else None)
-        keep = self.keep(queries, keys)
-        if quick and on_cpu(s):
-            hide(s, keep)
-            return s
-        return s.masked_fill_(~keep, -torch.inf)
+        hide(s, self.keep(queries, keys), quick=quick)
+        return s

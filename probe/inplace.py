@@ -12,7 +12,7 @@ Numbers = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether `hide_triangle` can take it: numbers of a CPU, none that are fake."""
+    """Whether its bits can be changed as whole numbers: those of a CPU, none that are fake."""
     return x.device.type == "cpu" and type(x) is Tensor
 
 
@@ -24,13 +24,16 @@ def hide_triangle(s: Tensor) -> None:
     _clamp(s, *_triangle(*s.shape[-2:], s.itemsize))
 
 
-def hide(s: Tensor, keep: Tensor) -> None:
+def hide(s: Tensor, keep: Tensor, *, quick: bool) -> None:
     """Put -inf wherever a mask (of as many dims) is not true, whatever is there.
 
-    The bits, as whole numbers, are kept between bounds that leave any of them, or only those of
-    -inf. On a CPU that takes an eighth of the time of `masked_fill_`.
+    If `quick`, without gradients: the bits, as whole numbers, are kept between bounds that leave
+    any of them, or only those of -inf. On a CPU that takes an eighth of the time of `masked_fill_`.
     """
-    _clamp(s, *_bounds(~keep.numpy(), s.itemsize))
+    if quick and on_cpu(s):
+        _clamp(s, *_bounds(~keep.numpy(), s.itemsize))
+    else:
+        s.masked_fill_(~keep, -torch.inf)
 
 
 def _clamp(s: Tensor, least: Numbers, most: Numbers) -> None:
